@@ -1,0 +1,253 @@
+"""`DeadLetters`: attaches a policy to a Celery app, and gives access to its dead letters."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from datetime import datetime
+from itertools import islice
+from pathlib import Path
+from typing import Any, Union
+from weakref import WeakKeyDictionary
+
+from celery.signals import celeryd_init
+
+from celery_dlx import selection
+from celery_dlx.brokers.base import Broker, QueueStats, Replayed
+from celery_dlx.brokers.cover import BrokerCover
+from celery_dlx.brokers.queues import identity, queues_class
+from celery_dlx.brokers.rabbitmq.store import RabbitMQBroker
+from celery_dlx.brokers.redis import transport as redis_transport
+from celery_dlx.brokers.redis.broker import RedisBroker
+from celery_dlx.errors import (
+    AlreadyInstalledError,
+    NotInstalledError,
+    PolicyError,
+    UnknownLetterError,
+    UnsupportedBrokerError,
+    UsageError,
+)
+from celery_dlx.letters import DeadLetter
+from celery_dlx.policy.settings import Policy
+from celery_dlx.signals import dead_letter_replayed
+from celery_dlx.worker.steps import exit_with, make_steps
+
+POLICY_VARIABLE = "CELERY_DLX_POLICY"
+MANAGEMENT_VARIABLE = "CELERY_DLX_MANAGEMENT_URL"
+
+Moment = Union[datetime, float, str, None]
+
+_installed: WeakKeyDictionary[Any, DeadLetters] = WeakKeyDictionary()
+
+
+class DeadLetters:
+    """Dead letters of one Celery app: ``DeadLetters(app, policy="configs/shop.yaml")``.
+
+    ``policy`` is a path, a `Policy`, or ``None``: then ``app.conf.dlx_policy`` is used, then the environment variable
+    ``CELERY_DLX_POLICY``, then the built-in policy, which manages every task queue. Nothing is read, and no connection
+    opened, before the app needs it.
+
+    Raises:
+        AlreadyInstalledError: the app has one already.
+    """
+
+    def __init__(self, app: Any, policy: str | Path | Policy | None = None) -> None:
+        app = _unproxied(app)
+        if app in _installed:
+            raise AlreadyInstalledError(
+                f"app {app.main!r} has DeadLetters already; construct it once, and use DeadLetters.of(app) elsewhere"
+            )
+        self.app = app
+        self._given = policy
+        self._policy: Policy | None = policy if isinstance(policy, Policy) else None
+        self._broker: Broker | None = None
+        self._cover = BrokerCover(lambda: self.policy)
+        self._install()
+        _installed[app] = self
+
+    @staticmethod
+    def of(app: Any) -> DeadLetters:
+        """The DeadLetters of an app.
+
+        Raises:
+            NotInstalledError: it has none.
+        """
+        app = _unproxied(app)
+        found = _installed.get(app)
+        if found is None:
+            raise NotInstalledError(
+                f"app {app.main!r} has no DeadLetters; add `DeadLetters(app, policy=…)` where the app is made"
+            )
+        return found
+
+    def _install(self) -> None:
+        app = self.app
+        app.add_defaults({"dlx_policy": None})
+        redis_transport.install()
+        app.amqp.queues_cls = queues_class(self._cover)
+        if "queues" in app.amqp.__dict__:  # somebody looked already: those queues become covered ones too
+            app.amqp.queues = app.amqp.Queues(dict(app.amqp.queues))
+        topology, capture = make_steps(self._cover)
+        app.steps["worker"].add(topology)
+        app.steps["consumer"].add(capture)
+        celeryd_init.connect(self._check_policy, weak=False)
+
+    def _check_policy(self, instance: Any = None, **kwargs: Any) -> None:
+        """A worker whose policy cannot be loaded must not start: its tasks would die silently."""
+        if instance is not None and _unproxied(instance.app) is self.app:
+            try:
+                _ = self.policy
+            except PolicyError as exc:
+                exit_with(exc)
+
+    # -- the policy
+
+    @property
+    def policy(self) -> Policy:
+        """The policy in force, read at first use.
+
+        Raises:
+            PolicyError: it cannot be read, or everything that is wrong with it.
+        """
+        if self._policy is None:
+            path = self._given or self.app.conf.get("dlx_policy") or os.environ.get(POLICY_VARIABLE)
+            if isinstance(path, Policy):
+                self._policy = path
+            elif path:
+                from celery_dlx.policy.loader import load_policy  # pydantic: only when there is a file to read
+
+                self._policy = load_policy(path)  # type: ignore[arg-type]
+            else:
+                self._policy = Policy()
+        return self._policy
+
+    # -- the letters
+
+    @property
+    def broker(self) -> Broker:
+        """The dead-letter queues of the broker this app consumes from; connects when first asked for something."""
+        if self._broker is None:
+            connect = self.app.connection_for_read
+            kind = connect().transport.driver_type
+            if kind == "amqp":
+                self._broker = RabbitMQBroker(connect, self.policy, self.known_queues)
+            elif kind == "redis":
+                self._broker = RedisBroker(connect, self.policy)
+            else:
+                raise UnsupportedBrokerError(
+                    f"broker transport {kind!r}: expected RabbitMQ (amqp://) or Redis (redis://)"
+                )
+        return self._broker
+
+    def close(self) -> None:
+        """Close the connection that reading letters opened; the next call opens a new one."""
+        if self._broker is not None:
+            self._broker.close()
+            self._broker = None
+
+    def known_queues(self) -> list[str]:
+        """Managed queues that the app or the policy names."""
+        names = {identity(queue) for queue in self.app.amqp.queues.values()} | set(self.policy.named_queues())
+        default = self.app.conf.task_default_queue
+        if default:
+            names.add(default)
+        return sorted(name for name in names if self.policy.settings(name) is not None)
+
+    def queues(self) -> list[str]:
+        """Queues whose DLQ exists."""
+        return self.broker.queues()
+
+    def letters(self, queue: str | None = None, *, limit: int | None = None, **filters: Any) -> Iterator[DeadLetter]:
+        """The dead letters of a queue, or of all, oldest first within each queue; nothing is removed.
+
+        Filters (all must hold): ``ids``, ``task``, ``reason``, ``exception``, ``since``, ``until``; see
+        `celery_dlx.selection.match`. A letter from Redis has no body here; `get` has.
+        """
+        matches = selection.match(**filters)
+        found = (
+            letter for name in self._queues(queue) for letter in self.broker.browse(name) if matches(letter)
+        )
+        return islice(found, limit)
+
+    def get(self, letter_id: str, queue: str | None = None) -> DeadLetter:
+        """One letter, with its message.
+
+        Raises:
+            UnknownLetterError: no queue has it.
+        """
+        for name in self._queues(queue):
+            letter = self.broker.get(name, letter_id)
+            if letter is not None:
+                return letter
+        raise self._unknown([letter_id], queue)
+
+    def replay(
+        self, ids: str | Iterable[str] | None = None, queue: str | None = None, *, limit: int | None = None, **filters: Any
+    ) -> Iterator[Replayed]:
+        """Send letters back to the queues they died in, at-least-once; yields each once it is there.
+
+        Without ids, every letter that matches the filters, of a queue or of all. A letter leaves its DLQ only when the
+        broker has its message: what is interrupted stays, or is in both places. Letters that die again meanwhile are
+        not replayed again.
+
+        Raises:
+            UnknownLetterError: after all others were replayed, if an id was found nowhere.
+            ReplayError: letters that the broker did not take; they are still in their DLQ.
+        """
+        def step(name: str, matches: Any, left: int | None) -> Iterator[Replayed]:
+            for replayed in self.broker.replay(name, matches, left):
+                dead_letter_replayed.send(sender=None, letter=replayed.letter, queue=replayed.queue)
+                yield replayed
+
+        return self._each(step, ids, queue, limit, filters)
+
+    def discard(
+        self, ids: str | Iterable[str] | None = None, queue: str | None = None, *, limit: int | None = None, **filters: Any
+    ) -> Iterator[DeadLetter]:
+        """Delete letters for good; yields each. Arguments as for `replay`."""
+        return self._each(self.broker.discard, ids, queue, limit, filters)
+
+    def purge(self, queue: str) -> int:
+        """Delete all letters of a queue at once; returns how many there were."""
+        return self.broker.purge(queue)
+
+    def stats(self, queue: str | None = None) -> list[QueueStats]:
+        """What each DLQ holds."""
+        return list(self.broker.stats(self._queues(queue)))
+
+    def _queues(self, queue: str | None) -> list[str]:
+        return self.queues() if queue is None else [queue]
+
+    def _each(self, step: Any, ids: Any, queue: str | None, limit: int | None, filters: dict[str, Any]) -> Iterator[Any]:
+        if ids is not None:
+            if filters:
+                raise UsageError("expected either ids or filters, found both")
+            ids = [ids] if isinstance(ids, str) else list(ids)
+        return self._run_each(step, ids, queue, limit, selection.match(ids=ids, **filters))
+
+    def _run_each(
+        self, step: Any, ids: list[str] | None, queue: str | None, limit: int | None, matches: Any
+    ) -> Iterator[Any]:
+        missing, taken = set(ids or ()), 0
+        for name in self._queues(queue):
+            if ids is not None and not missing:
+                break
+            for outcome in step(name, matches, None if limit is None else limit - taken):
+                missing.discard(getattr(outcome, "letter", outcome).id)
+                taken += 1
+                yield outcome
+            if limit is not None and taken >= limit:
+                break
+        if missing and limit is None:
+            raise self._unknown(sorted(missing), queue)
+
+    def _unknown(self, ids: list[str], queue: str | None) -> UnknownLetterError:
+        where = f"the DLQ of {queue!r}" if queue else f"the DLQs of {', '.join(self.queues()) or 'any queue'}"
+        return UnknownLetterError(
+            f"{where}: no letter {', '.join(ids)}; it was replayed, discarded or evicted, or lies in the DLQ of a queue "
+            "this app does not name: give the queue"
+        )
+
+
+def _unproxied(app: Any) -> Any:
+    return getattr(app, "_get_current_object", lambda: app)()

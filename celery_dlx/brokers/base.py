@@ -1,0 +1,115 @@
+"""What the rest of celery-dlx asks of a broker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from celery_dlx.letters import DeadLetter, Death, Original
+from celery_dlx.policy.settings import QueueSettings
+
+#: Under this key a delivery travels in ``message.delivery_info`` from the consumer's callback to the worker (RabbitMQ).
+DELIVERY_KEY = "celery-dlx"
+
+
+@dataclass
+class Delivery:
+    """One delivery of a message from a managed queue: where it came from and what its producer sent."""
+
+    queue: str
+    settings: QueueSettings
+    original: Callable[[], Original]
+    #: How often the message was delivered, this time included.
+    deliveries: int = 1
+    #: Set just before the message is rejected; on Redis the rejection stores the letter.
+    letter: DeadLetter | None = None
+    #: Called when a rejection stored the letter.
+    on_stored: Callable[[], None] | None = None
+    #: The message's final disposition is decided: nothing may capture it a second time.
+    settled: bool = False
+
+    def __repr__(self) -> str:
+        return f"<delivery from {self.queue!r}>"  # stock Celery logs delivery_info
+
+
+def delivery_of(message: Any) -> Delivery | None:
+    """The delivery a kombu message is of; ``None`` if its queue is not managed."""
+    delivery: Delivery | None = getattr(message, "dlx", None)
+    if delivery is None:
+        delivery = (message.delivery_info or {}).pop(DELIVERY_KEY, None)
+        if delivery is not None:
+            message.dlx = delivery
+    return delivery
+
+
+class Capturer(Protocol):
+    """The worker's net: stores letters. Called from any thread; never blocks, never raises."""
+
+    #: Rejecting the original stores the letter (Redis): one atomic move.
+    stores_on_reject: bool
+
+    def compose(self, delivery: Delivery, death: Death) -> DeadLetter: ...
+
+    def capture(self, letter: DeadLetter, alive: Callable[[], bool] | None, done: Callable[[bool], None]) -> None:
+        """Store a letter; then call ``done(True)``, or ``done(False)`` if that proved impossible.
+
+        ``alive`` tells whether the original can still be settled; ``None``: there is no original to fall back on, so
+        never give up while the process lives.
+        """
+
+    def flush(self, timeout: float) -> int:
+        """Wait at most ``timeout`` seconds until all letters are stored; returns how many are not."""
+
+    def close(self) -> None: ...
+
+
+@dataclass
+class QueueStats:
+    """What is known of one DLQ."""
+
+    queue: str
+    dlq: str
+    letters: int
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"queue": self.queue, "dlq": self.dlq, "letters": self.letters, **self.extra}
+
+
+@dataclass
+class Replayed:
+    """A letter that went back to its queue, and what had to change in its message."""
+
+    letter: DeadLetter
+    queue: str
+    changes: list[str]
+
+
+Match = Callable[[DeadLetter], bool]
+
+
+class Broker(Protocol):
+    """Reads and empties dead-letter queues."""
+
+    def queues(self) -> list[str]:
+        """Source queues that have a DLQ here, sorted."""
+
+    def browse(self, queue: str) -> Iterator[DeadLetter]:
+        """The letters of a queue's DLQ, oldest first, without removing or changing any."""
+
+    def get(self, queue: str, letter_id: str) -> DeadLetter | None:
+        """One letter with its message; ``None`` if the queue's DLQ does not hold it."""
+
+    def replay(self, queue: str, match: Match, limit: int | None = None) -> Iterator[Replayed]:
+        """Move matching letters back to their source queue, each at-least-once."""
+
+    def discard(self, queue: str, match: Match, limit: int | None = None) -> Iterator[DeadLetter]:
+        """Delete matching letters for good."""
+
+    def purge(self, queue: str) -> int:
+        """Delete all letters of a queue; returns how many."""
+
+    def stats(self, queues: Iterable[str]) -> Iterator[QueueStats]: ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,168 @@
+"""Declares what dead-lettering needs, and never declares over what is already there."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+import kombu
+from amqp.exceptions import AccessRefused, NotFound, PreconditionFailed
+
+from celery_dlx.brokers.queues import identity
+from celery_dlx.errors import TopologyError
+from celery_dlx.policy.settings import Policy, QueueSettings
+from celery_dlx.topology import EXCHANGE_TYPE, MAX_NAME, dlq_arguments, version_tuple
+
+logger = logging.getLogger("celery_dlx")
+
+
+class SideChannel:
+    """A channel beside the caller's, opened again after each error: the broker closes a channel it refuses (404, 406)."""
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = ref(connection)
+        self._channel: Any = None
+
+    def __enter__(self) -> SideChannel:
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        if self._channel is not None and self._channel.is_open:
+            self._channel.close()
+
+    @property
+    def channel(self) -> Any:
+        if self._channel is None or not self._channel.is_open:
+            self._channel = self._connection().channel()  # type: ignore[union-attr]
+        return self._channel
+
+    def live_queue(self, name: str) -> Any:
+        """The queue's name, message and consumer count; ``None`` if there is no such queue. Needs no permission."""
+        try:
+            return self.channel.queue_declare(name, passive=True)
+        except NotFound:
+            return None
+
+    def has_exchange(self, name: str) -> bool:
+        try:
+            self.channel.exchange_declare(name, EXCHANGE_TYPE, passive=True)
+        except NotFound:
+            return False
+        return True
+
+
+class Declarer:
+    """Keeps, per connection, what was already declared on it: a reconnect declares again."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self._known: WeakKeyDictionary[Any, tuple[set[str], SideChannel]] = WeakKeyDictionary()
+
+    def _state(self, connection: Any) -> tuple[set[str], SideChannel]:
+        state = self._known.get(connection)
+        if state is None:
+            state = self._known[connection] = (set(), SideChannel(connection))
+        return state
+
+    def source(self, queue: kombu.Queue, channel: Any, plainly: Callable[[], Any]) -> Any:
+        """Declare a source queue unless it lives; its dead-letter queue first, for a message may die at once."""
+        name, settings = identity(queue), self._policy.settings(identity(queue))
+        connection = channel.connection
+        if settings is not None and settings.enabled:
+            self.dead_letter_queue(connection, name, settings)
+        if queue.exclusive or not queue.name:
+            return plainly()  # ours alone by definition: nobody else can have declared it differently
+        _, side = self._state(connection)
+        live = side.live_queue(queue.name)
+        if live is None:
+            try:
+                # On the side channel too: should another process win the race, only that one is closed.
+                live = queue(side.channel).queue_declare_here()
+            except PreconditionFailed:
+                live = side.live_queue(queue.name)
+                if live is None:  # not a race: the broker dislikes the arguments themselves
+                    raise
+        return live
+
+    def dead_letter_queue(self, connection: Any, queue: str, settings: QueueSettings) -> None:
+        """Declare exchange → DLQ → binding, in the order that never leaves a letter without a home.
+
+        Raises:
+            TopologyError: the broker refuses; says which permission is missing.
+        """
+        done, side = self._state(connection)
+        if queue in done:
+            return
+        dlq = self._policy.dlq(queue)
+        if len(dlq.encode()) > MAX_NAME:
+            raise TopologyError(f"queue {dlq!r}: expected a name of at most {MAX_NAME} bytes; shorten `topology.queue`")
+        version = version_tuple(connection.server_properties.get("version"))
+        if "" not in done:
+            self._exchange(side)
+            done.add("")
+        live = side.live_queue(dlq) is not None
+        if not live:
+            self._create(side, dlq, dlq_arguments(settings, version))
+        self._bind(side, dlq, queue, live)
+        done.add(queue)
+
+    def forget(self, connection: Any) -> None:
+        """Declare everything again when next asked: something we relied on has vanished."""
+        self._known.pop(connection, None)
+
+    def _exchange(self, side: SideChannel) -> None:
+        exchange = self._policy.exchange
+        if side.has_exchange(exchange):
+            return
+        try:
+            side.channel.exchange_declare(exchange, EXCHANGE_TYPE, durable=True, auto_delete=False)
+        except AccessRefused as exc:
+            raise self._refused(f"exchange {exchange!r}", exc) from exc
+        except PreconditionFailed as exc:
+            raise TopologyError(
+                f"exchange {exchange!r}: expected a {EXCHANGE_TYPE} exchange, the broker has another: {_text(exc)}; "
+                "name another one in `topology.exchange`"
+            ) from exc
+
+    def _create(self, side: SideChannel, dlq: str, arguments: dict[str, Any]) -> None:
+        try:
+            side.channel.queue_declare(dlq, durable=True, auto_delete=False, arguments=arguments)
+        except AccessRefused as exc:
+            raise self._refused(f"queue {dlq!r}", exc) from exc
+        except PreconditionFailed:
+            if side.live_queue(dlq) is None:  # lost a race against nobody: the broker dislikes the arguments
+                raise
+
+    def _bind(self, side: SideChannel, dlq: str, queue: str, live: bool) -> None:
+        try:
+            side.channel.queue_bind(dlq, self._policy.exchange, queue)
+        except AccessRefused as exc:
+            if live:  # an administrator made the queue, and so probably the binding: AMQP cannot tell
+                logger.warning("cannot see whether %r is bound to %r: %s", dlq, self._policy.exchange, _text(exc))
+                return
+            raise self._refused(f"binding of {dlq!r} to {self._policy.exchange!r}", exc) from exc
+
+    def _refused(self, what: str, exc: Exception) -> TopologyError:
+        return TopologyError(
+            f"{what}: the broker user may not declare it ({_text(exc)}); let an administrator declare it, or grant "
+            f"configure, write and read on {self._policy.exchange!r} and on the queues {self._policy.queue_template!r}"
+        )
+
+
+def _text(exc: Exception) -> str:
+    """The broker's own sentence out of an AMQP error."""
+    return str(getattr(exc, "reply_text", None) or exc)
+
+
+def uncovered(connection: Any, queue: kombu.Queue) -> str | None:
+    """Why a live queue does not have the arguments we would give it; ``None`` if it has them."""
+    with SideChannel(connection) as side:
+        try:
+            queue(side.channel).queue_declare_here()
+        except PreconditionFailed as exc:
+            return _text(exc)
+        except AccessRefused:
+            return None  # may not declare, so cannot tell
+    return None

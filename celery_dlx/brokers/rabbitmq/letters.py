@@ -1,0 +1,129 @@
+"""Between RabbitMQ's messages and dead letters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import amqp
+from amqp.serialization import dumps
+
+from celery_dlx.letters import HEADER, DeadLetter, Original, clip, read_broker_death, read_record
+from celery_dlx.replaying import revive_expiration, revive_headers
+
+#: Added by quorum queues at delivery: not the producer's.
+_COUNTERS = ("x-delivery-count", "x-acquired-count")
+#: Room left in the header frame for what we do not measure, in bytes (frame overhead and the method's own arguments).
+_HEADROOM = 1024
+#: Below this, in bytes, sizes are not measured exactly: the frame is at least 8 KiB (RabbitMQ ≥ 4.1), by default 128 KiB.
+_CUTS = (8_192, 2_048, 512, 0)
+
+
+def original_of(raw: amqp.Message) -> Original:
+    """What the producer sent, out of a delivered message."""
+    headers = raw.properties.get("application_headers") or {}
+    info = raw.delivery_info or {}
+    if "x-delivery-count" in headers or "x-acquired-count" in headers:
+        headers = {key: value for key, value in headers.items() if key not in _COUNTERS}
+    body = raw.body
+    return Original(
+        body=body.encode("utf-8", "surrogateescape") if isinstance(body, str) else bytes(body or b""),
+        headers=headers,
+        properties={key: value for key, value in raw.properties.items() if key != "application_headers"},
+        exchange=info.get("exchange") or "",
+        routing_key=info.get("routing_key") or "",
+    )
+
+
+def strip_for_rest(letter: DeadLetter, user: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Headers and properties a letter rests with; what had to leave is noted in ``letter.stripped``.
+
+    ``expiration`` would make the letter vanish from its DLQ; ``user_id`` must be the publisher's own (RabbitMQ:
+    "Validated User-ID"); ``CC`` would route copies elsewhere ("Sender-selected Distribution").
+    """
+    headers, properties = dict(letter.original.headers), dict(letter.original.properties)
+    for source, key in ((properties, "expiration"), (properties, "user_id"), (headers, "CC"), (headers, "BCC")):
+        if key in source and not (key == "user_id" and source[key] == user):
+            letter.stripped[key] = source.pop(key)
+    return headers, properties
+
+
+def at_rest(letter: DeadLetter, user: str | None, frame_max: int) -> amqp.Message:
+    """The message that carries a letter to its DLQ. Its headers fit one frame: the traceback gives way first.
+
+    Raises:
+        ValueError: not even the shortest record fits beside the original's own headers.
+    """
+    headers, properties = strip_for_rest(letter, user)
+    record = letter.record()
+    room = frame_max - _HEADROOM
+    if _rough_size(headers) + _rough_size(record) > room // 4:
+        room -= len(dumps("F", [headers])) + sum(len(str(value)) * 2 for value in properties.values())
+        record = _fit(record, room)
+    headers[HEADER] = record
+    return amqp.Message(letter.original.body, application_headers=headers, **properties)
+
+
+def _fit(record: dict[str, Any], room: int) -> dict[str, Any]:
+    if len(dumps("F", [record])) <= room:
+        return record
+    exception = record.get("exception")
+    for cut in _CUTS if exception else ():
+        record["exception"] = {
+            "type": clip(exception["type"], max(cut, 64)),
+            "message": clip(exception["message"], cut // 8),
+            "traceback": clip(exception["traceback"], cut, keep="tail"),
+        }
+        if len(dumps("F", [record])) <= room:
+            return record
+    record = {key: record[key] for key in ("v", "id", "reason", "queue", "died_at", "replays") if key in record}
+    if len(dumps("F", [record])) <= room:
+        return record
+    raise ValueError(f"{room} bytes left for the record in the header frame")
+
+
+def _rough_size(table: Mapping[str, Any]) -> int:
+    size = 0
+    for value in table.values():
+        if isinstance(value, (str, bytes)):
+            size += 2 * len(value) + 32
+        elif isinstance(value, Mapping):
+            size += _rough_size(value)
+        elif isinstance(value, (list, tuple)):
+            size += 2 * len(repr(value)) + 32
+        else:
+            size += 32
+    return size
+
+
+def letter_of(raw: amqp.Message, queue: str, dlq: str) -> DeadLetter:
+    """The letter that a message in a DLQ is, whoever put it there."""
+    original = original_of(raw)
+    record = original.headers.get(HEADER)
+    if isinstance(record, Mapping) and record.get("reason"):
+        original.headers = {key: value for key, value in original.headers.items() if key != HEADER}
+        original.exchange = str(record.get("exchange") or "")
+        original.routing_key = str(record.get("routing_key") or "")
+        letter = read_record(record, original, dlq)
+        letter.queue = letter.queue or queue
+        return letter
+    return read_broker_death(original.headers, original, dlq, queue)
+
+
+def revived(letter: DeadLetter, user: str | None) -> tuple[amqp.Message, list[str]]:
+    """The message a letter is replayed as, and what changed in it."""
+    headers, changes = revive_headers(letter)
+    properties = dict(letter.original.properties)
+    expiration, more = revive_expiration(letter)
+    changes += more
+    if expiration is not None:
+        properties["expiration"] = expiration
+    claimed = letter.stripped.get("user_id", properties.get("user_id"))
+    if claimed is not None and claimed != user:
+        properties.pop("user_id", None)
+        changes.append(f"user_id {claimed} dropped: the broker accepts only {user}")
+    if "CC" in letter.stripped:
+        changes.append("CC dropped: a replay goes to the source queue alone")
+    return amqp.Message(letter.original.body, application_headers=headers, **properties), changes
+
+

@@ -1,0 +1,240 @@
+"""Reads, replays and empties DLQs over AMQP.
+
+AMQP has no browsing: letters are taken unacknowledged and come back, in order, when the channel closes. That is safe
+on our DLQs, whose delivery limit is off (`topology.dlq_arguments`).
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from time import monotonic
+from typing import Any
+
+from amqp.exceptions import AccessRefused, AMQPError, NotFound
+
+from celery_dlx.brokers.base import Match, QueueStats, Replayed
+from celery_dlx.brokers.rabbitmq.declare import SideChannel
+from celery_dlx.brokers.rabbitmq.letters import letter_of, revived
+from celery_dlx.brokers.rabbitmq.pipeline import RETURNED, STORED, ConfirmPipeline
+from celery_dlx.errors import BrokerUnreachableError, ReplayError
+from celery_dlx.letters import DeadLetter
+from celery_dlx.policy.settings import Policy
+
+logger = logging.getLogger("celery_dlx")
+
+#: Letters held unacknowledged at most while browsing: the broker keeps each of them in memory.
+BROWSE_LIMIT = 50_000
+#: Letters in flight while replaying.
+WINDOW = 1_000
+#: Without a delivery for this long, in seconds, what the queue counted at the start is taken to be gone or held.
+_QUIET = 5.0
+#: Waiting for confirms, in seconds.
+_CONFIRM_TIMEOUT = 30.0
+
+
+class _Reader:
+    """Takes the letters that were in a DLQ when it was opened, oldest first; leaving puts back what was not settled."""
+
+    def __init__(self, connection: Any, dlq: str, window: int) -> None:
+        self._connection = connection.connection
+        self.depth = 0
+        self._buffer: deque[Any] = deque()
+        self.channel = connection.channel()
+        try:
+            self.depth = self.channel.queue_declare(dlq, passive=True).message_count
+            self.channel.basic_qos(0, max(min(self.depth, window, 65_535), 1), False)
+            # Only buffer in the callback: whatever publishes there would re-enter the reading of the socket.
+            self.channel.basic_consume(dlq, callback=self._buffer.append)
+        except NotFound:
+            self.depth = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        left = self.depth
+        while left and (raw := self._next()) is not None:
+            left -= 1
+            yield raw
+
+    def _next(self) -> Any:
+        deadline = monotonic() + _QUIET
+        while not self._buffer and (remaining := deadline - monotonic()) > 0:
+            try:
+                self._connection.drain_events(timeout=remaining)
+            except socket.timeout:
+                break
+        return self._buffer.popleft() if self._buffer else None
+
+    def ready(self) -> bool:
+        return bool(self._buffer)
+
+    def close(self) -> None:
+        if self.channel.is_open:
+            self.channel.close()
+
+
+class _InFlight:
+    __slots__ = ("changes", "key", "letter", "outcome", "tag")
+
+    def __init__(self, letter: DeadLetter, tag: int, changes: list[str]) -> None:
+        self.letter, self.tag, self.changes = letter, tag, changes
+        self.key = letter.id
+        self.outcome: str | None = None
+
+
+class RabbitMQBroker:
+    """See `celery_dlx.brokers.base.Broker`."""
+
+    def __init__(self, connect: Callable[[], Any], policy: Policy, known_queues: Callable[[], Iterable[str]]) -> None:
+        self._connect = connect
+        self._policy = policy
+        self._known = known_queues
+        self._open: Any = None
+
+    def _connection(self) -> Any:
+        if self._open is None or not self._open.connected:
+            connection = self._connect()
+            try:
+                connection.connect()
+            except (OSError, AMQPError) as exc:
+                raise unreachable(connection, exc) from exc
+            self._open = connection
+        return self._open
+
+    def close(self) -> None:
+        if self._open is not None:
+            self._open.close()
+            self._open = None
+
+    def queues(self) -> list[str]:
+        connection = self._connection()
+        with SideChannel(connection.connection) as side:
+            return sorted({queue for queue in self._known() if side.live_queue(self._policy.dlq(queue)) is not None})
+
+    def browse(self, queue: str) -> Iterator[DeadLetter]:
+        dlq = self._policy.dlq(queue)
+        reader = _Reader(self._connection(), dlq, BROWSE_LIMIT)
+        if reader.depth > BROWSE_LIMIT:
+            logger.warning("%s holds %d letters; only the oldest %d are looked at", dlq, reader.depth, BROWSE_LIMIT)
+            reader.depth = BROWSE_LIMIT
+        try:
+            for raw in reader:
+                yield letter_of(raw, queue, dlq)
+        finally:
+            reader.close()
+
+    def get(self, queue: str, letter_id: str) -> DeadLetter | None:
+        return next((letter for letter in self.browse(queue) if letter.id == letter_id), None)
+
+    def replay(self, queue: str, match: Match, limit: int | None = None) -> Iterator[Replayed]:
+        dlq = self._policy.dlq(queue)
+        connection = self._connection()
+        # A connection of its own for publishing: under an alarm it blocks, and the reader must still acknowledge.
+        with self._connect() as publishing:
+            publishing.connect()
+            reader = _Reader(connection, dlq, BROWSE_LIMIT)
+            try:
+                yield from self._replay(reader, publishing, queue, dlq, match, limit)
+            finally:
+                reader.close()
+
+    def _replay(
+        self, reader: _Reader, publishing: Any, queue: str, dlq: str, match: Match, limit: int | None
+    ) -> Iterator[Replayed]:
+        done: deque[_InFlight] = deque()
+
+        def on_outcome(token: _InFlight, outcome: str) -> None:
+            token.outcome = outcome
+            done.append(token)
+
+        pipeline = ConfirmPipeline(publishing.channel(), on_outcome)
+        user, failed, taken = publishing.userid, [], 0
+        for raw in reader:
+            letter = letter_of(raw, queue, dlq)
+            if not match(letter):
+                continue
+            message, changes = revived(letter, user)
+            # Through the default exchange: the original one may fan out to queues that had no part in this death.
+            pipeline.publish(_InFlight(letter, raw.delivery_tag, changes), message, "", letter.queue)
+            taken += 1
+            if pipeline.unconfirmed >= WINDOW or not reader.ready():
+                self._await(pipeline, WINDOW // 2)
+            yield from self._settle(reader, done, failed)
+            if limit is not None and taken >= limit:
+                break
+        self._await(pipeline, 0)
+        yield from self._settle(reader, done, failed)
+        if failed:
+            first = failed[0]
+            why = f"queue {first.letter.queue!r} does not exist" if first.outcome == RETURNED else "the broker refused it"
+            raise ReplayError(
+                f"{len(failed)} letters stay in {dlq!r}, the first is {first.letter.id}: {why}; create the queue "
+                "(start its worker) and replay again"
+            )
+
+    @staticmethod
+    def _await(pipeline: ConfirmPipeline, at_most: int) -> None:
+        deadline = monotonic() + _CONFIRM_TIMEOUT
+        pipeline.write()
+        while pipeline.unconfirmed > at_most:
+            if monotonic() > deadline:
+                raise ReplayError(
+                    f"no confirm for {_CONFIRM_TIMEOUT:.0f}s: {pipeline.unconfirmed} letters stay in their DLQ and may "
+                    "also be in their queue; is the broker under a memory or disk alarm?"
+                )
+            pipeline.read(timeout=1.0)
+
+    @staticmethod
+    def _settle(reader: _Reader, done: deque[_InFlight], failed: list[_InFlight]) -> Iterator[Replayed]:
+        while done:
+            token = done.popleft()
+            if token.outcome == STORED:
+                reader.channel.basic_ack(token.tag)
+                yield Replayed(token.letter, token.letter.queue, token.changes)
+            else:
+                failed.append(token)
+
+    def discard(self, queue: str, match: Match, limit: int | None = None) -> Iterator[DeadLetter]:
+        dlq = self._policy.dlq(queue)
+        reader, taken = _Reader(self._connection(), dlq, BROWSE_LIMIT), 0
+        try:
+            for raw in reader:
+                letter = letter_of(raw, queue, dlq)
+                if not match(letter):
+                    continue
+                reader.channel.basic_ack(raw.delivery_tag)
+                taken += 1
+                yield letter
+                if limit is not None and taken >= limit:
+                    break
+        finally:
+            reader.close()
+
+    def purge(self, queue: str) -> int:
+        with SideChannel(self._connection().connection) as side:
+            try:
+                return int(side.channel.queue_purge(self._policy.dlq(queue)) or 0)
+            except NotFound:
+                return 0
+
+    def stats(self, queues: Iterable[str]) -> Iterator[QueueStats]:
+        with SideChannel(self._connection().connection) as side:
+            for queue in queues:
+                dlq = self._policy.dlq(queue)
+                live = side.live_queue(dlq)
+                if live is not None:
+                    yield QueueStats(queue, dlq, live.message_count, {"consumers": live.consumer_count})
+                else:
+                    yield QueueStats(queue, dlq, 0, {"missing": True})
+
+
+def unreachable(connection: Any, exc: BaseException) -> BrokerUnreachableError:
+    """Say in one line what keeps us from the broker; the URL without its password."""
+    uri = connection.as_uri()
+    if isinstance(exc, AccessRefused):
+        return BrokerUnreachableError(f"{uri}: the broker refuses the user or password; check the broker URL")
+    reason = str(getattr(exc, "strerror", None) or exc or type(exc).__name__).splitlines()[0]
+    return BrokerUnreachableError(f"{uri}: {reason}; is the broker running, and the broker URL right?")
+
+

@@ -1,0 +1,91 @@
+"""The worker's net on Redis. Late-acknowledged messages are moved by their rejection; the others are stored here."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from time import monotonic, time
+from typing import Any
+
+import redis
+
+from celery_dlx.brokers.base import Delivery
+from celery_dlx.brokers.redis.store import LetterStore
+from celery_dlx.brokers.redis.transport import garbage_death
+from celery_dlx.letters import DeadLetter, Death, Original, compose
+from celery_dlx.policy.settings import Policy
+
+logger = logging.getLogger("celery_dlx")
+
+
+class RedisCapturer:
+    """See `celery_dlx.brokers.base.Capturer`. A letter that Redis does not take now waits for the next `flush`."""
+
+    stores_on_reject = True
+
+    def __init__(self, connect: Callable[[], Any], policy: Policy) -> None:
+        self._connect = connect
+        self._policy = policy
+        self._lock = threading.Lock()
+        self._pending: deque[tuple[DeadLetter, bytes, Callable[[bool], None]]] = deque()
+        self._connection: Any = None
+        self._store: LetterStore | None = None
+
+    def compose(self, delivery: Delivery, death: Death) -> DeadLetter:
+        return compose(death, delivery.original(), self._policy.dlq(death.queue))
+
+    def capture(self, letter: DeadLetter, alive: Callable[[], bool] | None, done: Callable[[bool], None]) -> None:
+        self._pending.append((letter, letter.original.raw, done))
+        self.flush(0)
+
+    def garbage(self, queue: str, item: bytes, exc: Exception) -> None:
+        """A list item that is no message."""
+        settings = self._policy.settings(queue)
+        if settings is None or not settings.captures("malformed"):
+            logger.error("an item of %r is no message and is dropped, as the policy says: %s", queue, exc)
+            return
+        death = garbage_death(queue, exc, int(time() * 1000))
+        letter = compose(death, Original(body=item, raw=item), self._policy.dlq(queue))
+        logger.error("an item of %r is no message: kept as dead letter %s: %s", queue, letter.id, exc)
+        self.capture(letter, None, lambda stored: None)
+
+    def flush(self, timeout: float) -> int:
+        """Try once, and until ``timeout`` seconds are over; returns how many letters still wait."""
+        deadline = monotonic() + timeout
+        while True:
+            with self._lock:
+                stored_all = self._store_pending()
+            if stored_all or monotonic() >= deadline:
+                return len(self._pending)
+            threading.Event().wait(0.2)
+
+    def close(self) -> None:
+        connection, self._connection, self._store = self._connection, None, None
+        if connection is not None:
+            connection.close()
+
+    def _store_pending(self) -> bool:
+        while self._pending:
+            letter, item, done = self._pending[0]
+            settings = self._policy.settings(letter.queue)
+            try:
+                if settings is not None:
+                    self._letter_store().capture(letter, settings, item=item)
+            except (redis.exceptions.RedisError, OSError) as exc:
+                logger.error("%d dead letters wait to be stored: %s", len(self._pending), exc)
+                return False
+            self._pending.popleft()
+            try:
+                done(True)
+            except Exception:
+                logger.exception("a receiver of letter %s failed", letter.id)
+        return True
+
+    def _letter_store(self) -> LetterStore:
+        if self._store is None:
+            self._connection = self._connect()
+            self._store = self._connection.default_channel.dlx_letter_store(self._policy)
+        return self._store
+

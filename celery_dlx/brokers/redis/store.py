@@ -1,0 +1,183 @@
+"""A DLQ's keys and the scripts over them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from importlib import resources
+from typing import Any
+
+import redis
+
+from celery_dlx.brokers.redis.letters import to_json
+from celery_dlx.letters import DeadLetter, clip
+from celery_dlx.policy.settings import Policy, QueueSettings
+
+#: How long a message's delivery count is remembered after its last return, in milliseconds (a week).
+_COUNT_MEMORY = 604_800_000
+#: Longest record stored on a full server, in characters of traceback.
+_SLIM_TRACEBACK = 512
+_PAGE = 500
+
+
+@lru_cache(maxsize=1)
+def sources() -> dict[str, str]:
+    """The Lua scripts by name."""
+    folder = resources.files("celery_dlx.brokers.redis") / "scripts"
+    return {
+        entry.name[:-4]: entry.read_text("utf-8") for entry in folder.iterdir() if entry.name.endswith(".lua")
+    }
+
+
+def is_full(exc: BaseException) -> bool:
+    """Whether Redis refused for want of memory."""
+    return isinstance(exc, redis.exceptions.ResponseError) and "OOM" in str(exc)
+
+
+class LetterStore:
+    """Scripts over one Redis database. ``client`` must not prefix keys: this does, for scripts prefix only the first."""
+
+    def __init__(self, client: redis.Redis, prefix: str, policy: Policy) -> None:
+        self.client = client
+        self.prefix = prefix
+        self._policy = policy
+        self._scripts = {name: client.register_script(source) for name, source in sources().items()}
+        self._keys: dict[str, list[str]] = {}
+
+    def keys(self, queue: str) -> list[str]:
+        """letters, payloads, records, stats, deliveries of a queue's DLQ."""
+        keys = self._keys.get(queue)
+        if keys is None:
+            base = f"{self.prefix}dlx:{{{self._policy.dlq(queue)}}}"
+            keys = [base, *(f"{base}:{part}" for part in ("payloads", "records", "stats", "deliveries"))]
+            self._keys[queue] = keys
+        return keys
+
+    # -- deliveries
+
+    def register(self, unacked: str, index: str, tag: str, item: bytes, queue: str, own_tag: str) -> int:
+        return int(
+            self._scripts["register"](
+                keys=[self.prefix + unacked, self.prefix + index, self.keys(queue)[4]],
+                args=[tag, item, json.dumps(queue), own_tag],
+            )
+        )
+
+    def ack(self, unacked: str, index: str, tag: str, queue: str, own_tag: str) -> bool:
+        """Forget a delivery; ``own_tag`` only if its count must be forgotten too."""
+        keys = [self.prefix + unacked, self.prefix + index, self.keys(queue)[4]]
+        return bool(self._scripts["ack"](keys=keys, args=[tag, own_tag]))
+
+    def restore(
+        self, unacked: str, index: str, tag: str, queue: str, list_key: str, own_tag: str, leftmost: bool
+    ) -> bool:
+        keys = [self.prefix + unacked, self.prefix + index, self.keys(queue)[4], self.prefix + list_key]
+        return bool(self._scripts["restore"](keys=keys, args=[tag, "L" if leftmost else "R", own_tag, _COUNT_MEMORY]))
+
+    # -- letters
+
+    def capture(
+        self,
+        letter: DeadLetter,
+        settings: QueueSettings,
+        *,
+        delivery: tuple[str, str, str] | None = None,
+        own_tag: str = "",
+        item: bytes = b"",
+    ) -> bool:
+        """Store a letter: by moving a delivery (its unacked key, index key and tag), or with its item given.
+
+        A full server gets a slim record by force: the payload is in its memory already, or has no other copy.
+        Returns False if the delivery is not there any more.
+        """
+        unacked, index, tag = delivery or ("", "", "")
+        name, payloads, records, stats, deliveries = self.keys(letter.queue)
+        keys = [name, payloads, records, stats, self.prefix + unacked, self.prefix + index, deliveries]
+
+        def run(record: str, force: str) -> bool:
+            caps = [settings.dlq_max_length, int(settings.dlq_max_age * 1000), settings.dlq_max_bytes or 0]
+            args = [letter.id, record, letter.reason, *caps, force, tag, own_tag, item]
+            return bool(self._scripts["capture"](keys=keys, args=args))
+
+        try:
+            return run(to_json(letter), "")
+        except redis.exceptions.ResponseError as exc:
+            if not is_full(exc):
+                raise
+        if letter.exception:
+            letter.exception = {
+                key: clip(value, _SLIM_TRACEBACK, keep="tail") for key, value in letter.exception.items()
+            }
+        return run(to_json(letter), "1")
+
+    def pages(self, queue: str, *, bodies: bool) -> Iterator[tuple[str, float, bytes | None, bytes | None]]:
+        """Id, score, record and (if asked for) payload of each letter, oldest first.
+
+        Pages go by score and id, not by rank: letters that leave meanwhile do not make others be skipped.
+        """
+        name, payloads, records = self.keys(queue)[:3]
+        low, seen = "-inf", set[bytes]()
+        while True:
+            found: Any = self.client.zrange(
+                name, low, "+inf", byscore=True, offset=0, num=_PAGE + len(seen), withscores=True  # type: ignore[arg-type]
+            )
+            fresh = [(member, score) for member, score in found if member not in seen]
+            if not fresh:
+                return
+            ids = [member for member, _ in fresh]
+            pipe = self.client.pipeline(transaction=False)
+            pipe.hmget(records, ids)
+            if bodies:
+                pipe.hmget(payloads, ids)
+            answers = pipe.execute()
+            for position, (member, score) in enumerate(fresh):
+                yield member.decode(), score, answers[0][position], answers[1][position] if bodies else None
+            last = fresh[-1][1]
+            seen = {member for member, score in found if score == last}
+            low = repr(last)
+
+    def payloads(self, queue: str, ids: Sequence[str]) -> list[bytes | None]:
+        found: Any = self.client.hmget(self.keys(queue)[1], list(ids)) if ids else []
+        return list(found)
+
+    def one(self, queue: str, letter_id: str) -> tuple[float, bytes | None, bytes | None] | None:
+        """Score, record and payload of a letter."""
+        name, payloads, records = self.keys(queue)[:3]
+        pipe = self.client.pipeline()
+        pipe.zscore(name, letter_id)
+        pipe.hget(records, letter_id)
+        pipe.hget(payloads, letter_id)
+        score, record, item = pipe.execute()
+        return None if score is None else (score, record, item)
+
+    def replay(self, queue: str, moves: Sequence[tuple[str, float, str, bytes]]) -> set[str]:
+        """Move letters (id, score as read, list key, item) back, all in one step; returns the ids that moved."""
+        lists = list(dict.fromkeys(move[2] for move in moves))
+        args: list[Any] = []
+        for letter_id, score, list_key, item in moves:
+            args += [letter_id, repr(score), lists.index(list_key) + 1, item]
+        keys = [*self.keys(queue)[:4], *(self.prefix + key for key in lists)]
+        return {member.decode() for member in self._scripts["replay"](keys=keys, args=args)}
+
+    def discard(self, queue: str, ids: Sequence[str]) -> int:
+        return int(self._scripts["discard"](keys=self.keys(queue)[:4], args=list(ids)))
+
+    def purge(self, queue: str) -> int:
+        return int(self._scripts["purge"](keys=self.keys(queue)[:4]))
+
+    def count(self, queue: str) -> int:
+        return int(self.client.zcard(self.keys(queue)[0]))  # type: ignore[arg-type]
+
+    def counters(self, queue: str) -> dict[str, int]:
+        found: Any = self.client.hgetall(self.keys(queue)[3])
+        return {key.decode(): int(value) for key, value in sorted(found.items())}
+
+    # -- which DLQs there are
+
+    def announce(self, queue: str) -> None:
+        self.client.hset(f"{self.prefix}dlx:queues", queue, self._policy.dlq(queue))
+
+    def announced(self) -> list[str]:
+        found: Any = self.client.hkeys(f"{self.prefix}dlx:queues")
+        return sorted(member.decode() for member in found)

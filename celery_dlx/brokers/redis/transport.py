@@ -1,0 +1,241 @@
+"""kombu's Redis transport, with deliveries that know their queue and deaths that leave a letter.
+
+Installed by replacing the aliases in `TRANSPORT_ALIASES`: an explicit `broker_transport` would be lost on failover, for
+`Connection.switch()` takes the transport from the URL again. Every connection of the process gets these classes; they
+do nothing new until a covered queue is consumed (`Channel.dlx_cover`). Control, event and result queues never are.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import uuid
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any
+
+import kombu.transport
+import redis
+from kombu.transport import redis as stock
+from kombu.transport import virtual
+from kombu.utils.encoding import bytes_to_str
+from kombu.utils.json import loads
+
+from celery_dlx.brokers.base import Delivery
+from celery_dlx.brokers.redis.letters import original_of
+from celery_dlx.brokers.redis.store import LetterStore
+from celery_dlx.letters import Death
+from celery_dlx.policy.settings import Policy, QueueSettings
+
+logger = logging.getLogger("celery_dlx")
+
+#: Our delivery tags start so; any other in `unacked` is a stock worker's.
+_TAG = "dlx-"
+
+
+class RedisDelivery(Delivery):
+    """A delivery of a list item; ``own_tag`` is the tag its producer gave it."""
+
+    own_tag: str = ""
+    redelivered: bool = False
+
+
+class QoS(stock.QoS):  # type: ignore[misc]
+    """Registers, settles and restores covered deliveries by script; leaves all others to kombu."""
+
+    def append(self, message: Any, delivery_tag: Any) -> None:
+        inbound = self.channel.dlx_inbound
+        queue = inbound and self.channel.dlx_queue_of(inbound[0])
+        settings = self.channel.dlx_queues.get(queue) if queue else None
+        if settings is None:
+            super().append(message, delivery_tag)
+            return
+        item, own_tag = inbound[1], str(delivery_tag)
+        tag = self.channel.dlx_next_tag()
+        restored = self.channel.dlx_store.register(self.unacked_key, self.unacked_index_key, tag, item, queue, own_tag)
+        flagged = bool(message.headers.get("redelivered"))
+        delivery = RedisDelivery(queue=queue, settings=settings, original=partial(original_of, item))
+        delivery.own_tag, delivery.redelivered = own_tag, bool(restored) or flagged
+        # A stock worker that put the message back flagged it and did not count.
+        delivery.deliveries = max(restored, int(flagged)) + 1
+        if delivery.redelivered and isinstance(message.delivery_info, dict):
+            message.delivery_info["redelivered"] = True
+        message.dlx = delivery
+        message.delivery_tag = tag
+        message._raw = None  # kombu keeps it to write it back; we keep the exact bytes
+        self.channel.dlx_inbound = None
+        virtual.QoS.append(self, message, tag)
+
+    def _covered(self, tag: Any) -> tuple[Any, RedisDelivery] | None:
+        message = self._delivered.get(tag)
+        delivery = getattr(message, "dlx", None)
+        return (message, delivery) if isinstance(delivery, RedisDelivery) else None
+
+    def ack(self, delivery_tag: Any) -> None:
+        covered = self._covered(delivery_tag)
+        if covered is None:
+            super().ack(delivery_tag)
+            return
+        delivery = covered[1]
+        own_tag = delivery.own_tag if delivery.redelivered else ""
+        if not self.channel.dlx_store.ack(
+            self.unacked_key, self.unacked_index_key, delivery_tag, delivery.queue, own_tag
+        ):
+            logger.info("a message of %r was restored while it ran: it will run again", delivery.queue)
+        virtual.QoS.ack(self, delivery_tag)
+
+    def reject(self, delivery_tag: Any, requeue: bool = False) -> None:
+        covered = self._covered(delivery_tag)
+        if covered is None:
+            super().reject(delivery_tag, requeue)
+            return
+        _, delivery = covered
+        if requeue:
+            self.restore_by_tag(delivery_tag, leftmost=True)
+        elif delivery.letter is None:
+            self.ack(delivery_tag)
+            return
+        elif self.channel.dlx_store.capture(
+            delivery.letter,
+            delivery.settings,
+            delivery=(self.unacked_key, self.unacked_index_key, delivery_tag),
+            own_tag=delivery.own_tag if delivery.redelivered else "",
+        ):
+            if delivery.on_stored is not None:
+                delivery.on_stored()
+        else:
+            logger.info("a dying message of %r was restored meanwhile: it will run again", delivery.queue)
+        virtual.QoS.ack(self, delivery_tag)
+
+    def restore_by_tag(self, tag: Any, client: Any = None, leftmost: bool = False) -> Any:
+        name = bytes_to_str(tag)
+        if not name.startswith(_TAG) or self.channel.dlx_store is None:
+            return super().restore_by_tag(tag, client=client, leftmost=leftmost)
+        store = self.channel.dlx_store
+        entry = store.client.hget(store.prefix + self.unacked_key, name)
+        if entry is None:
+            store.client.zrem(store.prefix + self.unacked_index_key, name)
+            return False
+        payload, _, queue = loads(bytes_to_str(entry))
+        priority = self.channel._get_message_priority(payload, reverse=False)
+        own_tag = str((payload.get("properties") or {}).get("delivery_tag") or "")
+        list_key = self.channel._q_for_pri(queue, priority)
+        return store.restore(self.unacked_key, self.unacked_index_key, name, queue, list_key, own_tag, leftmost)
+
+
+class _RecordsReplies:
+    """Mixin over a redis client: keeps the last BRPOP reply, so that an item kombu cannot read is not lost with it."""
+
+    dlx_channel: Any = None
+
+    def parse_response(self, connection: Any, command_name: str, **options: Any) -> Any:
+        reply = super().parse_response(connection, command_name, **options)  # type: ignore[misc]
+        if command_name == "BRPOP" and self.dlx_channel is not None and reply:
+            self.dlx_channel.dlx_inbound = (bytes_to_str(reply[0]), reply[1])
+        return reply
+
+
+@lru_cache(maxsize=8)
+def _recording(client_class: type) -> type:
+    return type("RecordingRedis", (_RecordsReplies, client_class), {})
+
+
+class ChannelMixin:
+    """Over kombu's Redis channels."""
+
+    QoS = QoS
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        #: The list and item of the BRPOP reply being handled, until it is registered.
+        self.dlx_inbound: tuple[str, bytes] | None = None
+        self.dlx_queues: dict[str, QueueSettings] = {}
+        self.dlx_store: LetterStore | None = None
+        self.dlx_on_garbage: Callable[[str, bytes, Exception], None] | None = None
+        self._dlx_nonce = f"{_TAG}{uuid.uuid4().hex[:20]}:"
+        self._dlx_sequence = itertools.count(1)
+        super().__init__(*args, **kwargs)
+
+    def dlx_cover(
+        self, queue: str, settings: QueueSettings, policy: Policy, on_garbage: Callable[[str, bytes, Exception], None]
+    ) -> None:
+        """From now on, deliveries of this queue are ours."""
+        if self.dlx_store is None:
+            self.dlx_store = self.dlx_letter_store(policy)
+        self.dlx_queues[queue] = settings
+        self.dlx_on_garbage = on_garbage
+
+    def dlx_letter_store(self, policy: Policy) -> LetterStore:
+        client = redis.Redis(connection_pool=self.pool)  # type: ignore[attr-defined]
+        return LetterStore(client, self.global_keyprefix, policy)  # type: ignore[attr-defined]
+
+    def dlx_next_tag(self) -> str:
+        return f"{self._dlx_nonce}{next(self._dlx_sequence)}"
+
+    def dlx_queue_of(self, key: str) -> str:
+        """The queue of a list: priorities have lists of their own."""
+        return key.rsplit(self.sep, 1)[0]  # type: ignore[attr-defined, no-any-return]
+
+    def _create_client(self, asynchronous: bool = False) -> Any:
+        client = super()._create_client(asynchronous)  # type: ignore[misc]
+        if asynchronous:
+            client.__class__ = _recording(type(client))
+            client.dlx_channel = self
+        return client
+
+    def _brpop_read(self, **options: Any) -> Any:
+        self.dlx_inbound = None
+        try:
+            return super()._brpop_read(**options)  # type: ignore[misc]
+        except Exception as exc:
+            # Still set: the item never became a delivery. kombu would end the worker, and the item is in no list any more.
+            inbound, self.dlx_inbound = self.dlx_inbound, None
+            if inbound is None or isinstance(exc, (redis.exceptions.RedisError, OSError)):
+                raise
+            queue = self.dlx_queue_of(inbound[0])
+            if queue not in self.dlx_queues or self.dlx_on_garbage is None:
+                raise
+            self.dlx_on_garbage(queue, inbound[1], exc)
+            return True
+        finally:
+            self.dlx_inbound = None
+
+
+class Channel(ChannelMixin, stock.Channel):  # type: ignore[misc]
+    pass
+
+
+class SentinelChannel(ChannelMixin, stock.SentinelChannel):  # type: ignore[misc]
+    pass
+
+
+class Transport(stock.Transport):  # type: ignore[misc]
+    Channel = Channel
+
+
+class SentinelTransport(stock.SentinelTransport):  # type: ignore[misc]
+    Channel = SentinelChannel
+
+
+_ALIASES = {
+    "redis": "celery_dlx.brokers.redis.transport:Transport",
+    "rediss": "celery_dlx.brokers.redis.transport:Transport",
+    "sentinel": "celery_dlx.brokers.redis.transport:SentinelTransport",
+}
+
+
+def install() -> None:
+    """Make this process's Redis connections use the classes above. Idempotent."""
+    for alias, path in _ALIASES.items():
+        kombu.transport.TRANSPORT_ALIASES[alias] = path
+        kombu.transport._transport_cache.pop(alias, None)
+
+
+def garbage_death(queue: str, exc: Exception, now_ms: int) -> Death:
+    """The death of an item that is no message at all."""
+    return Death(
+        reason="malformed",
+        queue=queue,
+        died_at=now_ms,
+        exception_type=f"{type(exc).__module__}.{type(exc).__qualname__}",
+        message=str(exc)[:500] or "not a kombu envelope",
+    )

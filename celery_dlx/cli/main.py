@@ -1,0 +1,268 @@
+"""The commands. Exit codes: 0 done, 1 findings or something left undone, 2 usage, 69 broker unreachable."""
+
+from __future__ import annotations
+
+import functools
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+from amqp.exceptions import AMQPError
+from celery.bin.base import handle_preload_options
+from kombu.exceptions import KombuError
+from redis.exceptions import RedisError
+
+from celery_dlx.app import DeadLetters
+from celery_dlx.cli import output
+from celery_dlx.errors import EXIT_UNREACHABLE, DeadLetterError, UsageError
+from celery_dlx.letters import Reason
+
+_ID = re.compile(r"[0-9a-f]{32}")
+
+
+@click.group(name="dlx")
+@click.pass_context
+@handle_preload_options
+def dlx(ctx: click.Context, **_: Any) -> None:
+    """Dead letters: find, understand, replay."""
+
+
+def command(group: Any = dlx, **settings: Any) -> Callable[[Callable[..., Any]], Any]:
+    """A command whose errors are one line and the right exit code, never a traceback."""
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        @functools.wraps(function)
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return function(*args, **kwargs)
+            except DeadLetterError as exc:
+                output.say(f"Error: {exc}")
+                sys.exit(exc.exit_code)
+            except (AMQPError, RedisError, KombuError, OSError) as exc:
+                if isinstance(exc, BrokenPipeError):
+                    raise
+                reason = str(exc).splitlines()[0] if str(exc) else type(exc).__name__
+                output.say(f"Error: the broker connection failed: {reason}; nothing was lost, try again")
+                sys.exit(EXIT_UNREACHABLE)
+
+        return group.command(**settings)(click.pass_context(guarded))
+
+    return decorate
+
+
+def dead_letters(ctx: click.Context) -> DeadLetters:
+    return DeadLetters.of(ctx.obj.app)
+
+
+JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
+YES = click.option("--yes", is_flag=True, help="Do not ask.")
+DRY_RUN = click.option("--dry-run", is_flag=True, help="Only say what would be done.")
+
+
+def filters(function: Any) -> Any:
+    """The options that select letters."""
+    for option in (
+        click.option("--limit", type=click.IntRange(min=1), help="At most this many."),
+        click.option("--until", metavar="WHEN", help="Died at or before: a time, or an age such as 2h."),
+        click.option("--since", metavar="WHEN", help="Died at or after: a time, or an age such as 2h."),
+        click.option("--exception", metavar="TYPE", help="Exception type, with or without module, or glob."),
+        click.option("--reason", type=click.Choice([str(reason) for reason in Reason])),
+        click.option("--task", metavar="NAME", help="Task name or glob."),
+    ):
+        function = option(function)
+    return function
+
+
+@command(name="list")
+@click.argument("queue", required=False)
+@filters
+@JSON
+def list_letters(ctx: click.Context, queue: str | None, as_json: bool, limit: int | None, **selected: Any) -> None:
+    """Dead letters of QUEUE, or of all queues, oldest first."""
+    found = dead_letters(ctx).letters(queue, limit=limit, **selected)
+    if as_json:
+        for letter in found:
+            output.json_line(letter.as_dict())
+        return
+    rows = [output.letter_row(letter) for letter in found]
+    if rows:
+        output.table(output.LETTER_HEADINGS, rows)
+    output.say(f"{len(rows)} dead letters")
+
+
+@command()
+@click.argument("letter_id", metavar="ID")
+@click.option("--queue", help="The queue it died in; default: search all.")
+@JSON
+def show(ctx: click.Context, letter_id: str, queue: str | None, as_json: bool) -> None:
+    """One letter: its death, its traceback, its message."""
+    letter = dead_letters(ctx).get(letter_id, queue)
+    if as_json:
+        original = letter.original
+        output.json_line(
+            {
+                **letter.as_dict(),
+                "headers": dict(original.headers),
+                "properties": dict(original.properties),
+                "stripped": letter.stripped,
+                "body": original.body.decode("utf-8", "backslashreplace"),
+            }
+        )
+    else:
+        output.show_letter(letter)
+
+
+@command()
+@click.argument("queue", required=False)
+@JSON
+def stats(ctx: click.Context, queue: str | None, as_json: bool) -> None:
+    """How many letters each DLQ holds."""
+    rows = dead_letters(ctx).stats(queue)
+    if as_json:
+        for row in rows:
+            output.json_line(row.as_dict())
+        return
+    output.table(
+        ["QUEUE", "DLQ", "LETTERS", ""],
+        [
+            [row.queue, row.dlq, row.letters, ", ".join(f"{key}={value}" for key, value in row.extra.items())]
+            for row in rows
+        ],
+    )
+
+
+def _selection(targets: tuple[str, ...], everything: bool, queue: str | None, selected: dict[str, Any]) -> Any:
+    """Split `[QUEUE] [ID…]`, and refuse a call that says neither which letters nor `--all`."""
+    ids = [target for target in targets if _ID.fullmatch(target)]
+    queues = [target for target in targets if not _ID.fullmatch(target)]
+    if queue:
+        queues.append(queue)
+    if len(queues) > 1:
+        raise UsageError(f"expected one queue, found {', '.join(queues)}; an id is 32 hexadecimal digits")
+    selected = {key: value for key, value in selected.items() if value is not None}
+    if ids and (everything or selected):
+        raise UsageError("expected ids, or --all, or filters; found more than one of them")
+    if not ids and not everything and not selected:
+        raise UsageError("which letters? give ids, filters, or --all")
+    return ids or None, queues[0] if queues else None, selected
+
+
+def _confirmed(question: str, yes: bool) -> None:
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise UsageError("not on a terminal: give --yes to go on, or --dry-run to look first")
+    if not click.confirm(question, err=True):
+        raise DeadLetterError("nothing was done")
+
+
+def _preview(dead: DeadLetters, ids: Any, queue: str | None, limit: int | None, selected: Any, as_json: bool) -> None:
+    count = 0
+    for letter in dead.letters(queue, limit=limit, ids=ids, **selected):
+        count += 1
+        if as_json:
+            output.json_line(letter.as_dict())
+        else:
+            click.echo("  ".join(output.line(cell) for cell in output.letter_row(letter)))
+    output.say(f"{count} letters would be taken; nothing was done")
+
+
+@command()
+@click.argument("targets", metavar="[QUEUE] [ID]...", nargs=-1)
+@click.option("--all", "everything", is_flag=True, help="Every letter (of QUEUE, if given).")
+@click.option("--queue", help="The queue, where its name looks like an id.")
+@filters
+@DRY_RUN
+@YES
+@JSON
+def replay(
+    ctx: click.Context,
+    targets: tuple[str, ...],
+    everything: bool,
+    queue: str | None,
+    limit: int | None,
+    dry_run: bool,
+    yes: bool,
+    as_json: bool,
+    **selected: Any,
+) -> None:
+    """Send letters back to the queue they died in. Each leaves its DLQ only when its queue has it."""
+    dead = dead_letters(ctx)
+    ids, queue, selected = _selection(targets, everything, queue, selected)
+    if dry_run:
+        _preview(dead, ids, queue, limit, selected, as_json)
+        return
+    if ids is None:
+        _confirmed(f"Replay {'all' if not selected else 'the selected'} letters of {queue or 'every queue'}?", yes)
+    count = 0
+    try:
+        for replayed in dead.replay(ids, queue, limit=limit, **selected):
+            count += 1
+            letter = replayed.letter
+            if as_json:
+                output.json_line({"id": letter.id, "queue": replayed.queue, "changes": replayed.changes})
+            else:
+                changes = f"  ({'; '.join(replayed.changes)})" if replayed.changes else ""
+                click.echo(output.line(f"{letter.id} → {replayed.queue}  {letter.task or '-'}{changes}"))
+    finally:
+        output.say(f"{count} letters replayed")
+
+
+@command()
+@click.argument("targets", metavar="[QUEUE] [ID]...", nargs=-1)
+@click.option("--all", "everything", is_flag=True, help="Every letter (of QUEUE, if given).")
+@click.option("--queue", help="The queue, where its name looks like an id.")
+@filters
+@DRY_RUN
+@YES
+@JSON
+def discard(
+    ctx: click.Context,
+    targets: tuple[str, ...],
+    everything: bool,
+    queue: str | None,
+    limit: int | None,
+    dry_run: bool,
+    yes: bool,
+    as_json: bool,
+    **selected: Any,
+) -> None:
+    """Delete letters for good."""
+    dead = dead_letters(ctx)
+    ids, queue, selected = _selection(targets, everything, queue, selected)
+    if dry_run:
+        _preview(dead, ids, queue, limit, selected, as_json)
+        return
+    _confirmed(f"Delete {len(ids) if ids else 'the selected'} letters of {queue or 'every queue'} for good?", yes)
+    count = 0
+    try:
+        for letter in dead.discard(ids, queue, limit=limit, **selected):
+            count += 1
+            if as_json:
+                output.json_line({"id": letter.id, "queue": letter.queue})
+    finally:
+        output.say(f"{count} letters deleted")
+
+
+@command()
+@click.argument("queue")
+@DRY_RUN
+@YES
+@JSON
+def purge(ctx: click.Context, queue: str, dry_run: bool, yes: bool, as_json: bool) -> None:
+    """Delete all letters of QUEUE at once, without looking at them."""
+    dead = dead_letters(ctx)
+    (row,) = dead.stats(queue)
+    if dry_run:
+        output.say(f"{row.letters} letters of {row.dlq!r} would be deleted; nothing was done")
+        return
+    _confirmed(f"Delete all {row.letters} letters of {row.dlq!r} for good?", yes)
+    count = dead.purge(queue)
+    if as_json:
+        output.json_line({"queue": queue, "dlq": row.dlq, "deleted": count})
+    output.say(f"{count} letters deleted")
+
+
+from celery_dlx.cli import policy as _policy  # noqa: E402, F401 - registers its commands

@@ -1,0 +1,88 @@
+"""Data on stdout, prose on stderr; nothing of a letter reaches a terminal unneutralised."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import click
+
+from celery_dlx.letters import DeadLetter, iso_time
+
+_ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if code not in (10, 9)}
+
+
+def neutral(text: object) -> str:
+    """Text that cannot drive a terminal: control characters are spelled out (a letter may hold hostile input)."""
+    return str(text).translate(_ESCAPES)
+
+
+def line(text: object, width: int | None = None) -> str:
+    """Neutral text on one line, cut to a width."""
+    flat = neutral(" ".join(str(text).split()))
+    return flat if width is None or len(flat) <= width else flat[: width - 1] + "…"
+
+
+def say(text: str) -> None:
+    click.echo(neutral(text), err=True)
+
+
+def json_line(value: dict[str, Any]) -> None:
+    click.echo(json.dumps(value, ensure_ascii=False, default=str))
+
+
+def table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Aligned columns; with rich installed and on a terminal, a drawn table."""
+    cells = [[line(cell) for cell in row] for row in rows]
+    if sys.stdout.isatty():
+        try:
+            from rich.console import Console
+            from rich.table import Table
+            from rich.text import Text
+        except ImportError:
+            pass
+        else:
+            drawn = Table(*headings)
+            for row in cells:
+                drawn.add_row(*(Text(cell) for cell in row))
+            Console().print(drawn)
+            return
+    widths = [max(len(str(row[column])) for row in [headings, *cells]) for column in range(len(headings))]
+    for row in [headings, *cells]:
+        click.echo("  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def letter_row(letter: DeadLetter) -> list[object]:
+    exception = letter.exception or {}
+    kind = exception.get("type", "").rsplit(".", 1)[-1]
+    what = f"{kind}: {exception.get('message', '')}" if kind else ""
+    return [
+        letter.id,
+        letter.queue,
+        iso_time(letter.died_at)[:19],
+        letter.reason,
+        letter.task or "-",
+        line(what, 60),
+    ]
+
+
+LETTER_HEADINGS = ["ID", "QUEUE", "DIED (UTC)", "REASON", "TASK", "EXCEPTION"]
+
+
+def show_letter(letter: DeadLetter) -> None:
+    """All of a letter for a person: the death, the traceback, the message."""
+    for key, value in letter.as_dict().items():
+        if key != "exception" and value not in (None, ""):
+            click.echo(f"{key + ':':14}{line(value)}")
+    for key, value in letter.original.properties.items():
+        if key != "priority":
+            click.echo(f"{key + ':':14}{line(value)}")
+    if letter.stripped:
+        click.echo(f"{'stripped:':14}{line(letter.stripped)}")
+    body = letter.original.body
+    click.echo(f"{'body:':14}{len(body)} bytes  {line(body[:200].decode('utf-8', 'backslashreplace'))}")
+    if letter.exception:
+        click.echo(f"\n{line(letter.exception['type'])}: {line(letter.exception['message'])}\n")
+        click.echo(neutral(letter.exception["traceback"]))

@@ -1,0 +1,87 @@
+"""Which letters are meant (pure)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from datetime import datetime, timedelta, timezone
+from fnmatch import fnmatchcase
+from time import time
+
+from celery_dlx.errors import UsageError
+from celery_dlx.letters import DeadLetter, Reason
+from celery_dlx.policy.durations import parse_duration
+
+
+def match(
+    *,
+    ids: Iterable[str] | None = None,
+    task: str | None = None,
+    reason: str | None = None,
+    exception: str | None = None,
+    since: datetime | float | str | None = None,
+    until: datetime | float | str | None = None,
+) -> Callable[[DeadLetter], bool]:
+    """A test of letters; all conditions given must hold.
+
+    ``task`` is a name or glob; ``exception`` a type, with or without its module, or a glob. ``since`` and ``until`` are
+    aware datetimes, seconds since the epoch, ISO 8601 text, or an age such as ``2h``.
+
+    Raises:
+        UsageError: a condition that cannot be understood.
+    """
+    wanted = None if ids is None else frozenset(ids)
+    if reason is not None and reason not in {str(known) for known in Reason}:
+        raise UsageError(f"reason {reason!r}: expected one of {', '.join(str(known) for known in Reason)}")
+    first, last = moment(since, "since"), moment(until, "until")
+
+    def matches(letter: DeadLetter) -> bool:
+        return (
+            (wanted is None or letter.id in wanted)
+            and (task is None or fnmatchcase(letter.task or "", task))
+            and (reason is None or letter.reason == reason)
+            and (exception is None or _is_type(letter, exception))
+            and (first is None or letter.died_at >= first)
+            and (last is None or letter.died_at <= last)
+        )
+
+    return matches
+
+
+def _is_type(letter: DeadLetter, pattern: str) -> bool:
+    name = (letter.exception or {}).get("type", "")
+    return fnmatchcase(name, pattern) or fnmatchcase(name.rsplit(".", 1)[-1], pattern)
+
+
+def moment(value: datetime | float | str | None, label: str) -> int | None:
+    """Milliseconds since the epoch of a point in time, however it was given.
+
+    Raises:
+        UsageError: text that is neither a time nor an age.
+    """
+    if value is None:
+        return None
+    if isinstance(value, datetime):
+        return int((value if value.tzinfo else value.astimezone()).timestamp() * 1000)
+    if isinstance(value, (int, float)):
+        return int(value * 1000)
+    try:
+        return int((time() - parse_duration(value)) * 1000)
+    except ValueError:
+        pass
+    try:
+        found = datetime.fromisoformat(value.replace("Z", "+00:00"))
+    except ValueError:
+        raise UsageError(
+            f"{label} {value!r}: expected a time such as 2026-11-20T08:00:00Z or an age such as 2h"
+        ) from None
+    return int((found if found.tzinfo else found.replace(tzinfo=timezone.utc)).timestamp() * 1000)
+
+
+def age(milliseconds: int) -> str:
+    """How long ago something was, for people: ``3m``, ``5h``, ``12d``."""
+    passed = timedelta(seconds=max(time() - milliseconds / 1000, 0))
+    seconds = int(passed.total_seconds())
+    for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds >= length:
+            return f"{seconds // length}{unit}"
+    return f"{seconds}s"

@@ -1,0 +1,1 @@
+"""Everything that touches Celery's worker: outcome → Death → capture."""

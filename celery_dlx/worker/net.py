@@ -1,0 +1,155 @@
+"""The worker's net: takes a death, has the letter stored, and settles the original only then."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from typing import Any
+
+from celery_dlx.brokers.base import Capturer, Delivery
+from celery_dlx.letters import DeadLetter, Death, Original
+from celery_dlx.signals import task_dead_lettered
+
+logger = logging.getLogger("celery_dlx")
+
+#: Messages whose returns to a classic queue are remembered, oldest forgotten first.
+_REMEMBERED = 10_000
+
+
+class Net:
+    """One per worker process. `bury` may be called from any thread; settling happens on the event loop's."""
+
+    def __init__(self, consumer: Any, capturer: Capturer) -> None:
+        self._consumer = consumer
+        self.capturer = capturer
+        self._outcomes: deque[Callable[[], None]] = deque()
+        self._wake_read, self._wake_write = socket.socketpair()
+        self._wake_read.setblocking(False)
+        self._wake_write.setblocking(False)
+        self._awake = False
+        self.looping = False
+        self._returns: OrderedDict[str, int] = OrderedDict()
+
+    def bury(
+        self,
+        delivery: Delivery,
+        death: Death,
+        *,
+        message: Any,
+        owned: bool,
+        task: Any = None,
+        ack: Callable[[], None] | None = None,
+        reject: Callable[[], None] | None = None,
+    ) -> None:
+        """Make a dead letter of a delivery, once.
+
+        ``owned``: the original is not settled yet; ``ack`` and ``reject`` are Celery's own ways to do it on its loop.
+        """
+        if delivery.settled:
+            return
+        delivery.settled = True
+        try:
+            letter = self.capturer.compose(delivery, death)
+        except Exception:
+            logger.exception("a letter of queue %r is stored without its details", delivery.queue)
+            letter = _bare_letter(delivery, death)
+        if owned and self.capturer.stores_on_reject:
+            delivery.letter = letter
+            delivery.on_stored = lambda: self._announce(letter, task)
+            (reject or (lambda: self._direct(message, "reject")))()
+            return
+
+        def settle(stored: bool) -> None:
+            if stored:
+                self._announce(letter, task)
+            elif owned:
+                logger.error("letter %s goes to %r by the broker, without its annotations", letter.id, letter.dlq)
+            if not owned or not _channel_open(message):
+                return
+            marshalled = (ack if stored else reject) if self.looping else None
+            (marshalled or (lambda: self._direct(message, "ack" if stored else "reject")))()
+
+        alive = (lambda: _channel_open(message)) if owned else None
+        self.capturer.capture(letter, alive, lambda stored: self._soon(lambda: settle(stored)))
+
+    def _direct(self, message: Any, verb: str) -> None:
+        if not message.acknowledged:
+            getattr(message, f"{verb}_log_error")(logger, self._consumer.connection_errors)
+
+    def _announce(self, letter: DeadLetter, task: Any) -> None:
+        if task_dead_lettered.receivers:
+            task_dead_lettered.send(sender=task, letter=letter)
+
+    # -- back onto the event loop
+
+    def _soon(self, outcome: Callable[[], None]) -> None:
+        if self._consumer.hub is None:  # gevent, eventlet: this already is a greenlet
+            self._run(outcome)
+            return
+        self._outcomes.append(outcome)
+        if not self._awake:
+            # kombu's own `call_soon` does not interrupt the poller from another thread before 5.7.
+            self._awake = True
+            try:
+                self._wake_write.send(b"\0")
+            except OSError:
+                pass  # full: the loop is about to look anyhow
+
+    def register(self, hub: Any) -> None:
+        """Called each time the event loop starts."""
+        hub.add_reader(self._wake_read, self.run_outcomes)
+        self.looping = True
+
+    def run_outcomes(self) -> None:
+        self._awake = False
+        try:
+            self._wake_read.recv(4096)
+        except OSError:
+            pass
+        while self._outcomes:
+            self._run(self._outcomes.popleft())
+
+    def _run(self, outcome: Callable[[], None]) -> None:
+        try:
+            outcome()
+        except Exception:
+            logger.exception("settling a dead letter failed; its message comes again, and so may its letter")
+
+    def flush(self, timeout: float) -> int:
+        """At shutdown, on the main thread: wait for what is being stored, and settle it."""
+        self.looping = False
+        left = self.capturer.flush(timeout)
+        self.run_outcomes()
+        return left
+
+    # -- classic queues tell only that a message came again, not how often
+
+    def note_return(self, message: Any, delivery: Delivery) -> None:
+        key = _key(message)
+        if key:
+            self._returns[key] = delivery.deliveries
+            self._returns.move_to_end(key)
+            while len(self._returns) > _REMEMBERED:
+                self._returns.popitem(last=False)
+
+    def count_deliveries(self, message: Any, delivery: Delivery) -> None:
+        if delivery.deliveries == 1 and message.delivery_info.get("redelivered"):
+            delivery.deliveries = self._returns.get(_key(message), 1) + 1
+
+
+def _key(message: Any) -> str:
+    headers = message.headers
+    return str(headers.get("id") or "") if isinstance(headers, dict) else ""
+
+
+def _channel_open(message: Any) -> bool:
+    channel = message.channel
+    return channel is not None and getattr(channel, "connection", None) is not None and not message.acknowledged
+
+
+def _bare_letter(delivery: Delivery, death: Death) -> DeadLetter:
+    return DeadLetter(
+        id="", queue=delivery.queue, dlq="", reason=death.reason, died_at=death.died_at, original=Original()
+    )

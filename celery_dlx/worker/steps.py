@@ -1,0 +1,214 @@
+"""The bootsteps: one looks after the topology before the worker starts, one is the worker's net."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, NoReturn
+
+from amqp.exceptions import AMQPError
+from celery import bootsteps
+
+from celery_dlx.brokers.base import Capturer
+from celery_dlx.brokers.cover import BrokerCover
+from celery_dlx.brokers.queues import identity
+from celery_dlx.brokers.rabbitmq.capture import RabbitMQCapturer
+from celery_dlx.brokers.rabbitmq.declare import uncovered
+from celery_dlx.brokers.redis.capture import RedisCapturer
+from celery_dlx.errors import DeadLetterError
+from celery_dlx.policy.settings import QueueSettings
+from celery_dlx.worker.intake import Intake
+from celery_dlx.worker.net import Net
+from celery_dlx.worker.strategy import Strategies
+
+logger = logging.getLogger("celery_dlx")
+
+#: Time for the letters of the last tasks to be stored at shutdown, in seconds.
+SHUTDOWN_TIMEOUT = 30.0
+#: Between attempts to store letters that Redis did not take, in seconds.
+_RETRY_EVERY = 5.0
+
+#: Limits a pool does not keep (read in Celery's concurrency modules, 5.5 to 5.7).
+_IGNORED_LIMITS = {
+    "solo": ("time_limit", "soft_time_limit"),
+    "threads": ("time_limit", "soft_time_limit"),
+    "eventlet": ("time_limit", "soft_time_limit"),
+    "gevent": ("soft_time_limit",),
+}
+
+
+def make_steps(cover: BrokerCover) -> tuple[type, type]:
+    """The worker step and the consumer step of one app."""
+
+    class Topology(bootsteps.StartStopStep):  # type: ignore[misc]
+        """Declares exchange, DLQs and bindings, and says what is not covered, before anything is consumed."""
+
+        name = f"{__name__}.Topology"
+        label = "dead-letter topology"
+        # After the event loop is there, and before the pool: a worker that must not start should not fork.
+        requires = ("celery.worker.components:Timer",)
+
+        def start(self, worker: Any) -> None:
+            try:
+                check_worker(cover, worker)
+            except DeadLetterError as exc:
+                logger.critical("%s", exc)
+                raise SystemExit(exc.exit_code) from None
+
+    class Capture(bootsteps.StartStopStep):  # type: ignore[misc]
+        """Puts strategies and hooks in place, and keeps the net open across reconnects."""
+
+        name = f"{__name__}.Capture"
+        label = "dead-letter capture"
+        requires = ("celery.worker.consumer.tasks:Tasks",)
+
+        def __init__(self, consumer: Any, **kwargs: Any) -> None:
+            super().__init__(consumer, **kwargs)
+            # Here and not in `start`: Tasks.start builds strategies and hands the hooks to the task consumer.
+            self.net: Net | None = None
+            self._timer: Any = None
+            capturer = make_capturer(cover, consumer.app)
+            if capturer is None:
+                logger.warning("no dead letters: the broker is neither RabbitMQ nor Redis")
+                return
+            service = cover.policy.service
+            self.net = Net(consumer, capturer)
+            if isinstance(capturer, RedisCapturer):
+                cover.on_garbage = capturer.garbage
+            consumer.strategies = Strategies(consumer, self.net, service)
+            Intake(consumer, self.net, service)
+
+        def start(self, consumer: Any) -> None:
+            net = self.net
+            if net is None:
+                return
+            # After a reconnect: what waited for the broker first.
+            net.capturer.flush(0)
+            if self._timer is None and net.capturer.stores_on_reject:
+                self._timer = consumer.timer.call_repeatedly(_RETRY_EVERY, lambda: net.capturer.flush(0))
+
+        def register_with_event_loop(self, consumer: Any, hub: Any) -> None:
+            if self.net is not None:
+                self.net.register(hub)
+
+        def stop(self, consumer: Any) -> None:
+            if self.net is not None:
+                self.net.looping = False
+
+        def shutdown(self, consumer: Any) -> None:
+            """After the pool has drained: the last letters, then their originals."""
+            if self.net is None:
+                return
+            left = self.net.flush(SHUTDOWN_TIMEOUT)
+            if left:
+                logger.critical(
+                    "%d dead letters could not be stored in %.0fs; late-acknowledged messages among them come again",
+                    left,
+                    SHUTDOWN_TIMEOUT,
+                )
+            self.net.capturer.close()
+
+    return Topology, Capture
+
+
+def make_capturer(cover: BrokerCover, app: Any) -> Capturer | None:
+    """The net for the broker the app consumes from."""
+    kind = app.connection_for_read().transport.driver_type
+    if kind == "amqp":
+        # Without heartbeats: the thread sleeps in select while nothing dies, and notices a dead peer by its confirms.
+        return RabbitMQCapturer(lambda: app.connection_for_read(heartbeat=0), cover.policy, cover.declarer)
+    if kind == "redis":
+        return RedisCapturer(app.connection_for_read, cover.policy)
+    return None
+
+
+def check_worker(cover: BrokerCover, worker: Any) -> None:
+    """Declare what the worker's queues need and warn of what will not be kept.
+
+    Raises:
+        TopologyError: the broker refuses something without which letters would be lost.
+    """
+    app = worker.app
+    managed = {
+        queue: settings
+        for queue in app.amqp.queues.consume_from.values()
+        if (settings := cover.settings(identity(queue))) is not None
+    }
+    if not managed:
+        logger.warning("no dead letters: the policy %s names none of this worker's queues", cover.policy.path)
+        return
+    _warn_of_limits(worker, managed.values())
+    connection = app.connection_for_read()
+    try:
+        connection.connect()
+        channel = connection.default_channel
+    except Exception as exc:  # noqa: BLE001 - Celery connects, waits and fails in its own way right after this
+        logger.debug("no topology check: %s", exc)
+        return
+    try:
+        if connection.transport.driver_type == "amqp":
+            _declare_all(cover, connection, managed)
+        elif connection.transport.driver_type == "redis":
+            _check_redis(channel, managed.values())
+    finally:
+        connection.release()
+
+
+def _declare_all(cover: BrokerCover, connection: Any, managed: dict[Any, QueueSettings]) -> None:
+    plain = []
+    try:
+        for queue, settings in managed.items():
+            if settings.enabled:
+                cover.declarer.dead_letter_queue(connection.connection, identity(queue), settings)
+        for queue, settings in managed.items():
+            queue(connection.default_channel).declare()
+            if settings.enabled and not queue.exclusive and (why := uncovered(connection.connection, queue)):
+                plain.append((identity(queue), why))
+    except DeadLetterError:
+        raise
+    except (AMQPError, OSError) as exc:
+        logger.debug("no topology check: %s", exc)  # Celery meets the same error, and reports it
+        return
+    if plain:
+        names = ", ".join(repr(name) for name, _ in plain)
+        logger.warning(
+            "queues %s live with other arguments than the policy's and stay as they are (%s). Tasks that fail are "
+            "captured all the same; messages that only the broker sees die (TTL, overflow, delivery limit) are not. "
+            "To cover those too, set a RabbitMQ policy with dead-letter-exchange %r and each queue's name as "
+            "dead-letter-routing-key: docs/rabbitmq.md",
+            names,
+            plain[0][1],
+            cover.policy.exchange,
+        )
+
+
+def _check_redis(channel: Any, managed: Any) -> None:
+    if any(settings.message_ttl or settings.max_length for settings in managed):
+        logger.warning("message_ttl and max_length of source queues are not kept on Redis yet; their DLQs' caps are")
+    try:
+        with channel.conn_or_acquire() as client:
+            eviction = client.info("memory").get("maxmemory_policy", "noeviction")
+    except Exception as exc:  # noqa: BLE001 - managed services may forbid INFO
+        logger.debug("the eviction policy cannot be read: %s", exc)
+        return
+    if eviction != "noeviction":
+        logger.warning(
+            "Redis evicts keys when memory runs out (maxmemory-policy %s): it may drop waiting messages and dead letters "
+            "whole; set it to noeviction",
+            eviction,
+        )
+
+
+def _warn_of_limits(worker: Any, managed: Any) -> None:
+    pool = worker.pool_cls.__module__.rsplit(".", 1)[-1].replace("thread", "threads")
+    for limit in _IGNORED_LIMITS.get(pool, ()):
+        names = sorted({settings.entry or "defaults" for settings in managed if getattr(settings, limit) is not None})
+        if names:
+            logger.warning("the %s pool does not keep %s, set for %s; use prefork", pool, limit, ", ".join(names))
+
+
+def exit_with(error: DeadLetterError) -> NoReturn:
+    """End the process with an error's own words and exit code."""
+    import sys
+
+    sys.stderr.write(f"{error}\n")
+    raise SystemExit(error.exit_code)
