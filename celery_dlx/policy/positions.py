@@ -83,9 +83,6 @@ def _walk(document: Document, loader: _CoreLoader, node: yaml.Node, path: Path) 
         return _walk_mapping(document, loader, node, path)
     if isinstance(node, yaml.SequenceNode):
         return [_walk(document, loader, item, (*path, index)) for index, item in enumerate(node.value)]
-    if not node.tag.startswith("tag:yaml.org,2002:"):
-        document.problem(path, f"unknown YAML tag {node.tag!r}")
-        return None
     return loader.construct_object(node)
 
 

@@ -1,0 +1,44 @@
+"""The application that is measured, stock, by the usual recipe, or with celery-dlx (``BENCH_MODE``)."""
+
+from __future__ import annotations
+
+import os
+
+from celery import Celery
+from kombu import Exchange, Queue
+
+MODE = os.environ.get("BENCH_MODE", "stock")
+
+app = Celery("bench", broker=os.environ["BENCH_BROKER"])
+app.conf.update(
+    worker_prefetch_multiplier=32,  # 64 with -c 2
+    task_default_queue="bench",
+    task_ignore_result=True,
+    worker_enable_remote_control=False,
+    worker_hijack_root_logger=True,
+    broker_connection_retry_on_startup=True,
+    task_acks_late=os.environ.get("BENCH_LATE") == "1",
+)
+if MODE == "recipe":
+    app.conf.update(task_acks_late=True, task_acks_on_failure_or_timeout=False)
+    if "task_acks_on_failure" in app.conf:
+        app.conf.update(task_acks_on_failure=False)
+    app.conf.task_queues = [
+        Queue("bench", Exchange("bench"), "bench", queue_arguments={
+            "x-dead-letter-exchange": "bench.dlx", "x-dead-letter-routing-key": "bench",
+        })
+    ]  # fmt: skip
+if MODE == "dlx":
+    from celery_dlx import DeadLetters
+
+    DeadLetters(app)
+
+
+@app.task
+def ok(number):
+    return number
+
+
+@app.task
+def fail(number):
+    raise ValueError(f"number {number} cannot be processed")

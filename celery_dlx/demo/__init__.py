@@ -1,0 +1,1 @@
+"""`make demo`: the main job as a story, on real worker processes."""

@@ -1,0 +1,39 @@
+"""Brokers for the session. One that cannot be had is a failure with a remedy, never a skip."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import servers  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def rabbitmq():
+    broker = servers.start_broker("rabbitmq")
+    yield broker
+    broker.stop()
+
+
+@pytest.fixture(scope="session")
+def redis_server():
+    broker = servers.start_broker("redis")
+    yield broker
+    broker.stop()
+
+
+@pytest.fixture(scope="session", params=["rabbitmq", "redis"])
+def broker(request):
+    """Each broker in turn."""
+    return request.getfixturevalue("rabbitmq" if request.param == "rabbitmq" else "redis_server")
+
+
+@pytest.fixture
+def queue() -> str:
+    """A queue name nobody else uses."""
+    return f"q{uuid4().hex[:10]}"

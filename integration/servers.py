@@ -1,0 +1,200 @@
+"""Starts and stops private brokers: own ports, own data, nothing shared with what else runs on the machine."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+RABBITMQ = "/usr/lib/rabbitmq/bin/rabbitmq-server"
+_REMEDY = (
+    "{what} was not found and cannot be installed here. Install it (Debian: apt-get install {package}), or name one that "
+    "runs: DLX_TEST_{variable}=<url>"
+)
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def wait_for(check, what: str, timeout: float = 60.0, every: float = 0.05):
+    """Poll until ``check()`` is true and return its value; fail with ``what`` at the deadline."""
+    deadline = time.monotonic() + timeout
+    while True:
+        found = check()
+        if found:
+            return found
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {timeout:.0f}s: {what() if callable(what) else what}")
+        time.sleep(every)
+
+
+def is_listening(port: int) -> bool:
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=0.5):
+            return True
+    except OSError:
+        return False
+
+
+def install(package: str, variable: str, what: str) -> None:
+    """Install a Debian package where we may; else fail with the remedy."""
+    if shutil.which("apt-get") is None or os.geteuid() != 0:
+        raise RuntimeError(_REMEDY.format(what=what, package=package, variable=variable))
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    log = subprocess.run(
+        f"apt-get update -qq && apt-get install -y -qq --no-install-recommends {package}",
+        shell=True,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    if log.returncode:
+        raise RuntimeError(_REMEDY.format(what=what, package=package, variable=variable) + "\n" + log.stderr[-2000:])
+
+
+def stop_process(process: subprocess.Popen, timeout: float = 20.0) -> None:
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait(timeout)
+
+
+class Redis:
+    """A redis-server of our own; ``arguments`` as on its command line."""
+
+    kind = "redis"
+
+    def __init__(self, *arguments: str, port: int | None = None) -> None:
+        self.port = port or free_port()
+        self.arguments = arguments
+        self.home = Path(tempfile.mkdtemp(prefix="dlx-redis-"))
+        self.process: subprocess.Popen | None = None
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    def start(self) -> Redis:
+        if shutil.which("redis-server") is None:
+            install("redis-server", "REDIS", "redis-server")
+        command = ["redis-server", "--bind", "127.0.0.1", "--port", str(self.port), "--dir", str(self.home)]
+        command += ["--save", "", "--appendonly", "yes", *self.arguments]
+        log = open(self.home / "log", "ab")  # noqa: SIM115 - the child keeps it
+        self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        wait_for(lambda: is_listening(self.port), lambda: (self.home / "log").read_text()[-2000:])
+        return self
+
+    def stop(self) -> None:
+        if self.process is not None:
+            stop_process(self.process)
+        shutil.rmtree(self.home, ignore_errors=True)
+
+
+class RabbitMQ:
+    """A RabbitMQ node of our own, with an epmd of its own."""
+
+    kind = "rabbitmq"
+
+    def __init__(self) -> None:
+        self.port, self.epmd_port, self.dist_port = free_port(), free_port(), free_port()
+        self.home = Path(tempfile.mkdtemp(prefix="dlx-rabbitmq-"))
+        self.node = f"dlx{self.port}@localhost"
+        self.process: subprocess.Popen | None = None
+        self.epmd: subprocess.Popen | None = None
+
+    @property
+    def url(self) -> str:
+        return f"amqp://guest:guest@127.0.0.1:{self.port}//"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        home = str(self.home)
+        return {
+            **{key: value for key, value in os.environ.items() if not key.startswith("RABBITMQ_")},
+            "HOME": home,
+            "LANG": "C.UTF-8",
+            "ERL_EPMD_PORT": str(self.epmd_port),
+            "ERL_EPMD_ADDRESS": "127.0.0.1",
+            "RABBITMQ_NODENAME": self.node,
+            "RABBITMQ_DIST_PORT": str(self.dist_port),
+            "RABBITMQ_CONFIG_FILE": f"{home}/rabbit.conf",
+            "RABBITMQ_CONF_ENV_FILE": f"{home}/env.conf",
+            "RABBITMQ_ENABLED_PLUGINS_FILE": f"{home}/plugins",
+            "RABBITMQ_MNESIA_BASE": f"{home}/data",
+            "RABBITMQ_LOG_BASE": f"{home}/log",
+        }
+
+    def start(self) -> RabbitMQ:
+        if not os.path.exists(RABBITMQ):
+            install("rabbitmq-server", "RABBITMQ", "RabbitMQ")
+        (self.home / "rabbit.conf").write_text(
+            f"listeners.tcp.1 = 127.0.0.1:{self.port}\ndisk_free_limit.absolute = 50MB\n"
+        )
+        (self.home / "plugins").write_text("[].\n")
+        (self.home / "env.conf").write_text("")
+        return self.run()
+
+    def run(self) -> RabbitMQ:
+        """Start the node on what data it has."""
+        log = open(self.home / "out", "ab")  # noqa: SIM115 - the children keep it
+        if self.epmd is None:
+            self.epmd = subprocess.Popen(
+                ["epmd", "-port", str(self.epmd_port), "-address", "127.0.0.1"], stdout=log, stderr=log
+            )
+        self.process = subprocess.Popen(
+            [RABBITMQ], env=self.environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+        )
+        wait_for(lambda: is_listening(self.port), lambda: (self.home / "out").read_text()[-2000:], timeout=120)
+        return self
+
+    def halt(self) -> None:
+        """Stop the node, keeping its data."""
+        assert self.process is not None
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGTERM)
+        self.process.wait(60)
+        wait_for(lambda: not is_listening(self.port), "RabbitMQ stopped listening")
+
+    def ctl(self, *arguments: str) -> str:
+        command = [RABBITMQ.replace("rabbitmq-server", "rabbitmqctl"), "-n", self.node, *arguments]
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=120)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(arguments)}: {done.stderr or done.stdout}")
+        return done.stdout
+
+    def stop(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.halt()
+        if self.epmd is not None:
+            stop_process(self.epmd)
+        shutil.rmtree(self.home, ignore_errors=True)
+
+
+class Foreign:
+    """A broker that somebody else runs, named by an environment variable: only used, never stopped."""
+
+    def __init__(self, url: str, kind: str) -> None:
+        self.url, self.kind = url, kind
+
+    def stop(self) -> None:
+        """Not ours."""
+
+
+def start_broker(kind: str):
+    variable = f"DLX_TEST_{kind.upper()}"
+    if os.environ.get(variable):
+        return Foreign(os.environ[variable], kind)
+    return {"redis": Redis, "rabbitmq": RabbitMQ}[kind]().start()

@@ -1,0 +1,121 @@
+"""Real worker processes, and what tests ask about them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from servers import stop_process, wait_for
+
+HERE = Path(__file__).parent
+
+
+def environment(broker: str, **more: str) -> dict[str, str]:
+    """The environment a test's processes get: nothing of ours leaks in from outside."""
+    base = {key: value for key, value in os.environ.items() if not key.startswith(("DLX_", "CELERY_"))}
+    return {**base, "PYTHONPATH": str(HERE), "DLX_BROKER": broker, "PYTHONUNBUFFERED": "1", **more}
+
+
+class Worker:
+    """A `celery worker` on an app of this folder."""
+
+    def __init__(
+        self, broker: str, queues: list[str], *, app: str = "matrix_app", policy: str | None = None,
+        arguments: tuple[str, ...] = ("-c", "2"), **env: str,
+    ) -> None:
+        self.home = Path(tempfile.mkdtemp(prefix="dlx-worker-"))
+        self.runs = self.home / "runs"
+        self.runs.touch()
+        self.log = self.home / "log"
+        if policy is not None:
+            (self.home / "policy.yaml").write_text(policy)
+            env["CELERY_DLX_POLICY"] = str(self.home / "policy.yaml")
+        self.env = environment(broker, DLX_RUNS=str(self.runs), **env)
+        self.app = app
+        self.command = [sys.executable, "-m", "celery", "-A", app, "worker", "-l", "INFO"]
+        self.command += ["--without-gossip", "--without-mingle", *arguments]
+        if queues:
+            self.command += ["-Q", ",".join(queues)]
+        self.process: subprocess.Popen | None = None
+
+    def start(self, *, ready: bool = True) -> Worker:
+        with open(self.log, "ab") as log:
+            self.process = subprocess.Popen(
+                self.command, env=self.env, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+            )
+        if ready:
+            seen = self.output.count(" ready.")
+            wait_for(
+                lambda: self.output.count(" ready.") > seen or self.process.poll() is not None,
+                lambda: f"worker ready; its log:\n{self.output[-3000:]}",
+                timeout=90,
+            )
+            assert self.process.poll() is None, f"worker exited with {self.process.returncode}:\n{self.output[-4000:]}"
+        return self
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    @property
+    def alive(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    def ran(self) -> list[str]:
+        """What the tasks noted, in order."""
+        return self.runs.read_text().splitlines()
+
+    def wait_exit(self, timeout: float = 60) -> int:
+        assert self.process is not None
+        return self.process.wait(timeout)
+
+    def kill(self) -> None:
+        """SIGKILL the parent and whatever children it has."""
+        assert self.process is not None
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(20)
+
+    def stop(self) -> int:
+        assert self.process is not None
+        stop_process(self.process, timeout=60)
+        return self.process.returncode
+
+    def __enter__(self) -> Worker:
+        return self.start()
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self.alive:
+            self.stop()
+
+    def cli(self, *arguments: str, check: bool = True, stdin: str | None = None) -> subprocess.CompletedProcess:
+        """Run `celery -A app dlx …` with this worker's environment."""
+        command = [sys.executable, "-m", "celery", "-A", self.app, "dlx", *arguments]
+        done = subprocess.run(
+            command, env=self.env, capture_output=True, text=True, timeout=120, input=stdin or ""
+        )
+        if check and done.returncode:
+            raise AssertionError(f"{' '.join(arguments)} exited with {done.returncode}: {done.stderr or done.stdout}")
+        return done
+
+    def json(self, *arguments: str) -> list[dict]:
+        """The command's lines, read as JSON."""
+        return [json.loads(line) for line in self.cli(*arguments, "--json").stdout.splitlines()]
+
+    def letters(self, queue: str) -> list[dict]:
+        return self.json("list", queue)
+
+    def wait_letters(self, queue: str, count: int, timeout: float = 60) -> list[dict]:
+        """Poll until a queue has that many letters."""
+        found: list[dict] = []
+
+        def enough() -> bool:
+            found[:] = self.letters(queue)
+            return len(found) >= count
+
+        wait_for(enough, lambda: f"{count} letters of {queue}, found {found}\n{self.output[-3000:]}", timeout, every=0.5)
+        return found
