@@ -1,9 +1,9 @@
 """Dead-letter queues for Celery: no task dies silently again.
 
-    from celery_dlx import DeadLetters
+from celery_dlx import DeadLetters
 
-    app = Celery("shop", broker="amqp://")
-    DeadLetters(app, policy="configs/shop.yaml")
+app = Celery("shop", broker="amqp://")
+DeadLetters(app, policy="configs/shop.yaml")
 """
 
 from celery_dlx.app import DeadLetters

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from datetime import datetime
 from itertools import islice
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from celery.signals import celeryd_init
@@ -35,7 +34,6 @@ from celery_dlx.worker.steps import exit_with, make_steps
 POLICY_VARIABLE = "CELERY_DLX_POLICY"
 MANAGEMENT_VARIABLE = "CELERY_DLX_MANAGEMENT_URL"
 
-Moment = Union[datetime, float, str, None]
 
 _installed: WeakKeyDictionary[Any, DeadLetters] = WeakKeyDictionary()
 
@@ -116,7 +114,7 @@ class DeadLetters:
             elif path:
                 from celery_dlx.policy.loader import load_policy  # pydantic: only when there is a file to read
 
-                self._policy = load_policy(path)  # type: ignore[arg-type]
+                self._policy = load_policy(path)
             else:
                 self._policy = Policy()
         return self._policy
@@ -134,9 +132,7 @@ class DeadLetters:
             elif kind == "redis":
                 self._broker = RedisBroker(connect, self.policy)
             else:
-                raise UnsupportedBrokerError(
-                    f"broker transport {kind!r}: expected RabbitMQ (amqp://) or Redis (redis://)"
-                )
+                raise UnsupportedBrokerError(f"broker transport {kind!r}: expected RabbitMQ (amqp://) or Redis (redis://)")
         return self._broker
 
     def close(self) -> None:
@@ -164,9 +160,7 @@ class DeadLetters:
         `celery_dlx.selection.match`. A letter from Redis has no body here; `get` has.
         """
         matches = selection.match(**filters)
-        found = (
-            letter for name in self._queues(queue) for letter in self.broker.browse(name) if matches(letter)
-        )
+        found = (letter for name in self._queues(queue) for letter in self.broker.browse(name) if matches(letter))
         return islice(found, limit)
 
     def get(self, letter_id: str, queue: str | None = None) -> DeadLetter:
@@ -182,7 +176,12 @@ class DeadLetters:
         raise self._unknown([letter_id], queue)
 
     def replay(
-        self, ids: str | Iterable[str] | None = None, queue: str | None = None, *, limit: int | None = None, **filters: Any
+        self,
+        ids: str | Iterable[str] | None = None,
+        queue: str | None = None,
+        *,
+        limit: int | None = None,
+        **filters: Any,
     ) -> Iterator[Replayed]:
         """Send letters back to the queues they died in, at-least-once; yields each once it is there.
 
@@ -194,6 +193,7 @@ class DeadLetters:
             UnknownLetterError: after all others were replayed, if an id was found nowhere.
             ReplayError: letters that the broker did not take; they are still in their DLQ.
         """
+
         def step(name: str, matches: Any, left: int | None) -> Iterator[Replayed]:
             for replayed in self.broker.replay(name, matches, left):
                 dead_letter_replayed.send(sender=None, letter=replayed.letter, queue=replayed.queue)
@@ -202,7 +202,12 @@ class DeadLetters:
         return self._each(step, ids, queue, limit, filters)
 
     def discard(
-        self, ids: str | Iterable[str] | None = None, queue: str | None = None, *, limit: int | None = None, **filters: Any
+        self,
+        ids: str | Iterable[str] | None = None,
+        queue: str | None = None,
+        *,
+        limit: int | None = None,
+        **filters: Any,
     ) -> Iterator[DeadLetter]:
         """Delete letters for good; yields each. Arguments as for `replay`."""
         return self._each(self.broker.discard, ids, queue, limit, filters)

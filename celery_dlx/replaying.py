@@ -61,5 +61,3 @@ def revive_expiration(letter: DeadLetter) -> tuple[str | None, list[str]]:
     if letter.reason == Reason.EXPIRED.value:
         return None, [f"expiration {expiration} ms dropped: it died of it"]
     return str(expiration), []
-
-

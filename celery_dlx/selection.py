@@ -71,9 +71,7 @@ def moment(value: datetime | float | str | None, label: str) -> int | None:
     try:
         found = datetime.fromisoformat(value.replace("Z", "+00:00"))
     except ValueError:
-        raise UsageError(
-            f"{label} {value!r}: expected a time such as 2026-11-20T08:00:00Z or an age such as 2h"
-        ) from None
+        raise UsageError(f"{label} {value!r}: expected a time such as 2026-11-20T08:00:00Z or an age such as 2h") from None
     return int((found if found.tzinfo else found.replace(tzinfo=timezone.utc)).timestamp() * 1000)
 
 

@@ -24,15 +24,33 @@ class Sender:
         return self.broker.startswith("redis")
 
     def task(
-        self, queue: str, name: object = "matrix_app.ok", args: object = (), kwargs: object = _DEFAULT, *,
-        body: bytes | None = None, content_type: str | None = "application/json", encoding: str | None = "utf-8",
-        drop: tuple[str, ...] = (), properties: dict | None = None, **headers: object,
+        self,
+        queue: str,
+        name: object = "matrix_app.ok",
+        args: object = (),
+        kwargs: object = _DEFAULT,
+        *,
+        body: bytes | None = None,
+        content_type: str | None = "application/json",
+        encoding: str | None = "utf-8",
+        drop: tuple[str, ...] = (),
+        properties: dict | None = None,
+        **headers: object,
     ) -> str:
         """A protocol 2 message with parts replaced (``headers``) or left out (``drop``); returns its id."""
         task_id = str(uuid4())
         all_headers = {
-            "lang": "py", "task": name, "id": task_id, "root_id": task_id, "parent_id": None, "retries": 0,
-            "argsrepr": repr(args), "kwargsrepr": "{}", "eta": None, "expires": None, "timelimit": [None, None],
+            "lang": "py",
+            "task": name,
+            "id": task_id,
+            "root_id": task_id,
+            "parent_id": None,
+            "retries": 0,
+            "argsrepr": repr(args),
+            "kwargsrepr": "{}",
+            "eta": None,
+            "expires": None,
+            "timelimit": [None, None],
             **headers,
         }
         for key in drop:
@@ -53,16 +71,23 @@ class Sender:
                 "content-type": content_type,
                 "headers": headers,
                 "properties": {
-                    "delivery_info": {"exchange": "", "routing_key": queue}, "priority": 0, "body_encoding": "base64",
-                    "delivery_tag": str(uuid4()), **properties,
+                    "delivery_info": {"exchange": "", "routing_key": queue},
+                    "priority": 0,
+                    "body_encoding": "base64",
+                    "delivery_tag": str(uuid4()),
+                    **properties,
                 },
             }
             self.item(queue, json.dumps(envelope).encode())
             return
         with Connection(self.broker) as connection:
             message = amqp.Message(
-                body, application_headers=headers, content_type=content_type, content_encoding=encoding,
-                delivery_mode=2, **properties,
+                body,
+                application_headers=headers,
+                content_type=content_type,
+                content_encoding=encoding,
+                delivery_mode=2,
+                **properties,
             )
             connection.default_channel.basic_publish_confirm(message, exchange="", routing_key=queue, mandatory=True)
 

@@ -55,9 +55,7 @@ def no_header(sender: Sender, queue: str) -> None:
 
 def protocol_1(**changes: object) -> Callable[[Sender, str], object]:
     body = {"task": "matrix_app.fail", "id": "old-1", "args": [], "kwargs": {}, "retries": 0, **changes}
-    return lambda sender, queue: sender.message(
-        queue, json.dumps(body).encode(), {}, "application/json", "utf-8", {}
-    )
+    return lambda sender, queue: sender.message(queue, json.dumps(body).encode(), {}, "application/json", "utf-8", {})
 
 
 ROWS = [

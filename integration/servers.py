@@ -140,9 +140,7 @@ class RabbitMQ:
     def start(self) -> RabbitMQ:
         if not os.path.exists(RABBITMQ):
             install("rabbitmq-server", "RABBITMQ", "RabbitMQ")
-        (self.home / "rabbit.conf").write_text(
-            f"listeners.tcp.1 = 127.0.0.1:{self.port}\ndisk_free_limit.absolute = 50MB\n"
-        )
+        (self.home / "rabbit.conf").write_text(f"listeners.tcp.1 = 127.0.0.1:{self.port}\ndisk_free_limit.absolute = 50MB\n")
         (self.home / "plugins").write_text("[].\n")
         (self.home / "env.conf").write_text("")
         return self.run()

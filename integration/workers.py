@@ -25,8 +25,14 @@ class Worker:
     """A `celery worker` on an app of this folder."""
 
     def __init__(
-        self, broker: str, queues: list[str], *, app: str = "matrix_app", policy: str | None = None,
-        arguments: tuple[str, ...] = ("-c", "2"), **env: str,
+        self,
+        broker: str,
+        queues: list[str],
+        *,
+        app: str = "matrix_app",
+        policy: str | None = None,
+        arguments: tuple[str, ...] = ("-c", "2"),
+        **env: str,
     ) -> None:
         self.home = Path(tempfile.mkdtemp(prefix="dlx-worker-"))
         self.runs = self.home / "runs"
@@ -95,9 +101,7 @@ class Worker:
     def cli(self, *arguments: str, check: bool = True, stdin: str | None = None) -> subprocess.CompletedProcess:
         """Run `celery -A app dlx …` with this worker's environment."""
         command = [sys.executable, "-m", "celery", "-A", self.app, "dlx", *arguments]
-        done = subprocess.run(
-            command, env=self.env, capture_output=True, text=True, timeout=120, input=stdin or ""
-        )
+        done = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=120, input=stdin or "")
         if check and done.returncode:
             raise AssertionError(f"{' '.join(arguments)} exited with {done.returncode}: {done.stderr or done.stdout}")
         return done

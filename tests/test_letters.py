@@ -93,7 +93,13 @@ def test_any_x_death_is_survived(garbage):
 def test_old_protocol_is_described_from_a_json_body():
     body = json.dumps({"task": "a.b", "id": "1", "args": [1], "kwargs": {"x": 2}, "retries": 1}).encode()
     letter = compose(death(), Original(body=body, properties={"content_type": "application/json"}), "d")
-    assert (letter.task, letter.task_id, letter.args, letter.kwargs, letter.retries) == ("a.b", "1", "[1]", "{'x': 2}", 1)
+    assert (letter.task, letter.task_id, letter.args, letter.kwargs, letter.retries) == (
+        "a.b",
+        "1",
+        "[1]",
+        "{'x': 2}",
+        1,
+    )
 
 
 @given(
@@ -132,12 +138,12 @@ def test_time_of_any_size():
     assert iso_time(10**30).startswith("1970")
 
 
-TRACE = '''Traceback (most recent call last):
+TRACE = """Traceback (most recent call last):
   File "/usr/lib/python3.11/site-packages/celery/app/trace.py", line {celery}, in trace_task
     R = retval = fun(*args, **kwargs)
   File "/srv/{release}/shop/tasks.py", line {line}, in mail
     raise ValueError
-'''
+"""
 
 
 def test_fingerprint_groups_by_cause():

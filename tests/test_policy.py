@@ -157,7 +157,8 @@ def test_unreadable_files(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "seconds"), [("30s", 30), ("5m", 300), ("12h", 43200), ("30d", 2592000), ("1.5h", 5400), (90, 90), ("7", 7)]
+    ("text", "seconds"),
+    [("30s", 30), ("5m", 300), ("12h", 43200), ("30d", 2592000), ("1.5h", 5400), (90, 90), ("7", 7)],
 )
 def test_durations(text, seconds):
     assert parse_duration(text) == seconds

@@ -24,6 +24,7 @@ class BrokerCover:
         self._policy = policy
         self._declarer: Declarer | None = None
         self._announced: set[str] = set()
+        self.queue_classes: dict[type, type] = {}
         #: What becomes of a Redis list item that is no message; set by the worker.
         self.on_garbage: Callable[[str, bytes, Exception], None] | None = None
 
@@ -56,7 +57,7 @@ class BrokerCover:
     def consumer(self, queue: kombu.Queue, channel: Any, callback: Callable[[Any], Any]) -> Callable[[Any], Any]:
         name = identity(queue)
         settings = self.policy.settings(name)
-        if settings is None or not settings.enabled and not _overrides(settings):
+        if settings is None or (not settings.enabled and not _overrides(settings)):
             return callback
         if hasattr(channel, "dlx_cover"):
             if self.on_garbage is not None:  # only in a worker: other consumers of the queue get plain kombu

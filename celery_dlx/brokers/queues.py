@@ -8,7 +8,6 @@ tells the worker which queue each message came from.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any, Protocol
 
 import kombu
@@ -19,6 +18,9 @@ from celery_dlx.policy.settings import QueueSettings
 
 class Cover(Protocol):
     """What a covered queue asks of its app's DeadLetters."""
+
+    #: Covered classes by the class they cover: one each, so that equal queues stay equal.
+    queue_classes: dict[type, type]
 
     def settings(self, queue: str) -> QueueSettings | None: ...
 
@@ -67,9 +69,11 @@ def identity(queue: Any) -> str:
     return str(queue.alias or queue.name)
 
 
-@lru_cache(maxsize=64)
 def _covered_class(cls: type, cover: Cover) -> type:
-    return type("CoveredQueue", (CoveredQueue, cls), {"cover": cover, "plain_class": cls})
+    known = cover.queue_classes
+    if cls not in known:
+        known[cls] = type("CoveredQueue", (CoveredQueue, cls), {"cover": cover, "plain_class": cls})
+    return known[cls]
 
 
 def cover_queue(queue: kombu.Queue, cover: Cover) -> kombu.Queue:

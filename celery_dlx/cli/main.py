@@ -24,7 +24,7 @@ _ID = re.compile(r"[0-9a-f]{32}")
 
 @click.group(name="dlx")
 @click.pass_context
-@handle_preload_options
+@handle_preload_options  # type: ignore[untyped-decorator]
 def dlx(ctx: click.Context, **_: Any) -> None:
     """Dead letters: find, understand, replay."""
 
@@ -126,10 +126,7 @@ def stats(ctx: click.Context, queue: str | None, as_json: bool) -> None:
         return
     output.table(
         ["QUEUE", "DLQ", "LETTERS", ""],
-        [
-            [row.queue, row.dlq, row.letters, ", ".join(f"{key}={value}" for key, value in row.extra.items())]
-            for row in rows
-        ],
+        [[row.queue, row.dlq, row.letters, ", ".join(f"{key}={value}" for key, value in row.extra.items())] for row in rows],
     )
 
 

@@ -49,8 +49,8 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
                 drawn.add_row(*(Text(cell) for cell in row))
             Console().print(drawn)
             return
-    widths = [max(len(str(row[column])) for row in [headings, *cells]) for column in range(len(headings))]
-    for row in [headings, *cells]:
+    widths = [max(len(str(row[column])) for row in [list(headings), *cells]) for column in range(len(headings))]
+    for row in [list(headings), *cells]:
         click.echo("  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
@@ -71,18 +71,22 @@ def letter_row(letter: DeadLetter) -> list[object]:
 LETTER_HEADINGS = ["ID", "QUEUE", "DIED (UTC)", "REASON", "TASK", "EXCEPTION"]
 
 
+def _field(key: str, value: object) -> None:
+    click.echo(f"{line(key) + ':':18} {line(value)}")
+
+
 def show_letter(letter: DeadLetter) -> None:
     """All of a letter for a person: the death, the traceback, the message."""
     for key, value in letter.as_dict().items():
         if key != "exception" and value not in (None, ""):
-            click.echo(f"{key + ':':14}{line(value)}")
+            _field(key, value)
     for key, value in letter.original.properties.items():
         if key != "priority":
-            click.echo(f"{key + ':':14}{line(value)}")
+            _field(key, value)
     if letter.stripped:
-        click.echo(f"{'stripped:':14}{line(letter.stripped)}")
+        _field("stripped", letter.stripped)
     body = letter.original.body
-    click.echo(f"{'body:':14}{len(body)} bytes  {line(body[:200].decode('utf-8', 'backslashreplace'))}")
+    _field("body", f"{len(body)} bytes: {body[:200].decode('utf-8', 'backslashreplace')}")
     if letter.exception:
         click.echo(f"\n{line(letter.exception['type'])}: {line(letter.exception['message'])}\n")
         click.echo(neutral(letter.exception["traceback"]))

@@ -28,20 +28,20 @@ def is_fixed() -> bool:
     return (HOME / "fixed").exists()
 
 
-@app.task
+@app.task  # type: ignore[untyped-decorator]
 def welcome(name: str) -> None:
     """A task that works."""
     (HOME / "done" / f"welcome-{name}").touch()
 
 
-@app.task
+@app.task  # type: ignore[untyped-decorator]
 def charge(order: int, amount: str) -> None:
     """Fails on amounts with a comma, until the fix."""
     cents = round(float(amount.replace(",", ".") if is_fixed() else amount) * 100)
     (HOME / "done" / f"charge-{order}-{cents}").touch()
 
 
-@app.task(time_limit=1)
+@app.task(time_limit=1)  # type: ignore[untyped-decorator]
 def report(month: str) -> None:
     """Takes longer than its time limit."""
     if not is_fixed():
@@ -49,7 +49,7 @@ def report(month: str) -> None:
     (HOME / "done" / f"report-{month}").touch()
 
 
-@app.task
+@app.task  # type: ignore[untyped-decorator]
 def thumbnail(image: str) -> None:
     """Is killed while running, as by the kernel when memory runs out."""
     if not is_fixed():

@@ -5,12 +5,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from celery_dlx.errors import PolicyError, Problem
-from celery_dlx.policy.model import DeadLetterSection, PolicyFile, QueueSection, ReasonName, TopologySection
+from celery_dlx.policy.model import REASONS, DeadLetterSection, PolicyFile, QueueSection, TopologySection
 from celery_dlx.policy.positions import Document, read_document
 from celery_dlx.policy.settings import Policy
 
@@ -92,9 +92,12 @@ def _report(document: Document, error: Any) -> None:
     elif kind == "missing":
         document.problem(path[:-1], f"missing key {path[-1]!r}{' (write `version: 1`)' * (path == ('version',))}")
     elif kind == "value_error":
-        document.problem(path, f"{_label(path)}: {error['ctx']['error']}")
+        near = suggest(value, REASONS, listed=False) if path[-2:-1] == ("on",) and isinstance(value, str) else ""
+        document.problem(path, f"{_label(path)}: {error['ctx']['error']}{near}")
     else:
-        document.problem(path, f"{_label(path)}: expected {_expected(path, error)}, found {_found(value)}{_hint(value, error)}")
+        document.problem(
+            path, f"{_label(path)}: expected {_expected(path, error)}, found {_found(value)}{_hint(value, error)}"
+        )
 
 
 def _expected(path: tuple[Any, ...], error: Any) -> str:
@@ -123,16 +126,12 @@ def _expected(path: tuple[Any, ...], error: Any) -> str:
 def _choices(path: tuple[Any, ...]) -> str:
     if path and path[0] == "version":
         return "1"
-    if len(path) >= 2 and path[-2] == "on":
-        return ", ".join(get_args(ReasonName))
     return {"type": "classic, quorum", "via": "arguments, policy"}.get(str(path[-1]), "the known values")
 
 
 def _hint(value: object, error: Any) -> str:
     if error["type"] == "bool_type" and isinstance(value, str) and value.lower() in ("yes", "on", "no", "off", "y", "n"):
         return f" (YAML 1.1's word; write {'true' if value.lower() in ('yes', 'on', 'y') else 'false'})"
-    if error["type"] == "literal_error" and isinstance(value, str) and error["loc"][-2:-1] == ("on",):
-        return suggest(value, get_args(ReasonName))
     return ""
 
 
@@ -159,11 +158,13 @@ def _keys_at(path: tuple[Any, ...]) -> Iterable[str]:
     return DeadLetterSection.model_fields if path[-1] == "dead_letter" and len(path) > 1 else model.model_fields
 
 
-def suggest(word: str, known: Iterable[str]) -> str:
-    """`, did you mean 'x'?` for the nearest known word, or the list of them all."""
+def suggest(word: str, known: Iterable[str], *, listed: bool = True) -> str:
+    """`, did you mean 'x'?` for the nearest known word, else (if ``listed``) all of them."""
     names = list(known)
     near = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
-    return f", did you mean {near[0]!r}?" if near else f", expected one of {', '.join(names)}"
+    if near:
+        return f", did you mean {near[0]!r}?"
+    return f", expected one of {', '.join(names)}" if listed else ""
 
 
 def _policy(model: PolicyFile, path: str) -> Policy:
@@ -190,8 +191,11 @@ def _says(section: QueueSection) -> dict[str, Any]:
 
 
 def _check_limits(document: Document, policy: Policy) -> None:
-    entries = {("queues", name): says for name, says in (policy.queues or {}).items()}
-    for where, says in (entries or {("defaults",): {}}).items():
+    entries: dict[tuple[str, ...], Mapping[str, Any]] = {
+        ("queues", name): says for name, says in (policy.queues or {}).items()
+    }
+    places = entries or {("defaults",): {}}
+    for where, says in places.items():
         settings = policy.effective("", says)
         if settings.time_limit and settings.soft_time_limit and settings.soft_time_limit >= settings.time_limit:
             document.problem(

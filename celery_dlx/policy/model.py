@@ -5,7 +5,7 @@ The JSON Schema that ships with the package (`schema.json`) is made from these c
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Optional
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, field_validator
 
@@ -34,7 +34,16 @@ Size = Annotated[
 ]
 Count = Annotated[int, Field(ge=1, strict=True)]
 Flag = Annotated[bool, Field(strict=True)]
-ReasonName = Literal[tuple(str(reason) for reason in Reason)]  # type: ignore[valid-type]
+
+
+def _known_reason(value: object) -> object:
+    if not isinstance(value, str) or value not in REASONS:
+        raise ValueError(f"expected one of {', '.join(REASONS)}, found {value!r}")
+    return value
+
+
+REASONS = tuple(str(reason) for reason in Reason)
+ReasonName = Annotated[str, BeforeValidator(_known_reason), WithJsonSchema({"type": "string", "enum": list(REASONS)})]
 
 
 class Section(BaseModel):
@@ -46,25 +55,25 @@ class Section(BaseModel):
 class DeadLetterSection(Section):
     """What becomes of this queue's dead messages."""
 
-    enabled: Optional[Flag] = Field(None, description="false: leave this queue's dead messages to Celery")
-    on: Optional[list[ReasonName]] = Field(None, description="reasons to capture; default: all but `revoked`")
-    max_length: Optional[Count] = Field(None, description="letters kept in the DLQ, oldest dropped first")
-    max_bytes: Optional[Size] = Field(None, description="bytes of message bodies kept in the DLQ")
-    max_age: Optional[Duration] = Field(None, description="how long a letter is kept")
+    enabled: Flag | None = Field(None, description="false: leave this queue's dead messages to Celery")
+    on: list[ReasonName] | None = Field(None, description="reasons to capture; default: all but `revoked`")
+    max_length: Count | None = Field(None, description="letters kept in the DLQ, oldest dropped first")
+    max_bytes: Size | None = Field(None, description="bytes of message bodies kept in the DLQ")
+    max_age: Duration | None = Field(None, description="how long a letter is kept")
 
 
 class QueueSection(Section):
     """Settings of a queue, or of all queues a glob matches. The first five: absent = the task's or app's own."""
 
-    acks_late: Optional[Flag] = Field(None, description="acknowledge after the task ran, not before")
-    reject_on_worker_lost: Optional[Flag] = Field(None, description="redeliver when the process running it dies")
-    time_limit: Optional[Duration] = Field(None, description="the process is killed after this")
-    soft_time_limit: Optional[Duration] = Field(None, description="SoftTimeLimitExceeded is raised after this")
-    max_deliveries: Optional[Count] = Field(None, description="deliveries in all before a message is poison")
-    type: Optional[Literal["classic", "quorum"]] = Field(None, description="RabbitMQ type of a queue we create")
-    message_ttl: Optional[Duration] = Field(None, description="waiting longer than this is death by `expired`")
-    max_length: Optional[Count] = Field(None, description="overflow is death by `maxlen`")
-    dead_letter: Optional[DeadLetterSection] = None
+    acks_late: Flag | None = Field(None, description="acknowledge after the task ran, not before")
+    reject_on_worker_lost: Flag | None = Field(None, description="redeliver when the process running it dies")
+    time_limit: Duration | None = Field(None, description="the process is killed after this")
+    soft_time_limit: Duration | None = Field(None, description="SoftTimeLimitExceeded is raised after this")
+    max_deliveries: Count | None = Field(None, description="deliveries in all before a message is poison")
+    type: Literal["classic", "quorum"] | None = Field(None, description="RabbitMQ type of a queue we create")
+    message_ttl: Duration | None = Field(None, description="waiting longer than this is death by `expired`")
+    max_length: Count | None = Field(None, description="overflow is death by `maxlen`")
+    dead_letter: DeadLetterSection | None = None
 
 
 class TopologySection(Section):
@@ -73,7 +82,7 @@ class TopologySection(Section):
     exchange: Annotated[str, Field(min_length=1, max_length=255)] = "celery.dlx"
     queue: str = Field("{queue}.dlq", description="name of each queue's DLQ; {queue} is the source queue's name")
     via: Literal["arguments", "policy"] = "arguments"
-    management_url: Optional[Annotated[str, Field(pattern=r"^https?://.+")]] = None
+    management_url: Annotated[str, Field(pattern=r"^https?://.+")] | None = None
 
     @field_validator("queue")
     @classmethod
@@ -89,12 +98,12 @@ class PolicyFile(Section):
     """A celery-dlx policy: one file per service."""
 
     version: Literal[1] = Field(description="of this format")
-    service: Optional[Annotated[str, Field(min_length=1, max_length=255)]] = Field(
+    service: Annotated[str, Field(min_length=1, max_length=255)] | None = Field(
         None, description="shows in every dead letter"
     )
     topology: TopologySection = Field(default_factory=TopologySection)
     defaults: QueueSection = Field(default_factory=QueueSection, description="for every queue below")
-    queues: Optional[dict[Annotated[str, Field(min_length=1, max_length=255)], QueueSection]] = Field(
+    queues: dict[Annotated[str, Field(min_length=1, max_length=255)], QueueSection] | None = Field(
         None, description="by name or glob; the most specific entry wins. Absent: every queue"
     )
 

@@ -88,9 +88,7 @@ class Intake:
         reason = Reason.CONTENT_DISALLOWED if isinstance(exc, ContentDisallowed) else Reason.MALFORMED
         self._handle(message, reason, exc, lambda held: self._on_invalid_task(body, held, exc))
 
-    def _handle(
-        self, message: Any, reason: Reason, exc: BaseException | None, stock: Callable[[Any], None]
-    ) -> None:
+    def _handle(self, message: Any, reason: Reason, exc: BaseException | None, stock: Callable[[Any], None]) -> None:
         delivery = delivery_of(message)
         if delivery is None or not delivery.settings.captures(reason.value):
             stock(message)

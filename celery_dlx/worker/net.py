@@ -150,6 +150,4 @@ def _channel_open(message: Any) -> bool:
 
 
 def _bare_letter(delivery: Delivery, death: Death) -> DeadLetter:
-    return DeadLetter(
-        id="", queue=delivery.queue, dlq="", reason=death.reason, died_at=death.died_at, original=Original()
-    )
+    return DeadLetter(id="", queue=delivery.queue, dlq="", reason=death.reason, died_at=death.died_at, original=Original())

@@ -66,7 +66,7 @@ def make_steps(cover: BrokerCover) -> tuple[type, type]:
             # Here and not in `start`: Tasks.start builds strategies and hands the hooks to the task consumer.
             self.net: Net | None = None
             self._timer: Any = None
-            capturer = make_capturer(cover, consumer.app)
+            capturer = make_capturer(cover, consumer.app, consumer.hostname)
             if capturer is None:
                 logger.warning("no dead letters: the broker is neither RabbitMQ nor Redis")
                 return
@@ -110,14 +110,14 @@ def make_steps(cover: BrokerCover) -> tuple[type, type]:
     return Topology, Capture
 
 
-def make_capturer(cover: BrokerCover, app: Any) -> Capturer | None:
+def make_capturer(cover: BrokerCover, app: Any, hostname: str) -> Capturer | None:
     """The net for the broker the app consumes from."""
     kind = app.connection_for_read().transport.driver_type
     if kind == "amqp":
         # Without heartbeats: the thread sleeps in select while nothing dies, and notices a dead peer by its confirms.
         return RabbitMQCapturer(lambda: app.connection_for_read(heartbeat=0), cover.policy, cover.declarer)
     if kind == "redis":
-        return RedisCapturer(app.connection_for_read, cover.policy)
+        return RedisCapturer(app.connection_for_read, cover.policy, hostname)
     return None
 
 

@@ -165,7 +165,7 @@ class RabbitMQCapturer:
             self._selector.close()
             try:
                 connection.collect()
-            except Exception:  # noqa: BLE001 - it is broken already
+            except Exception:
                 logger.debug("closing the capture connection failed", exc_info=True)
 
     def _work(self) -> None:

@@ -67,7 +67,7 @@ def at_rest(letter: DeadLetter, user: str | None, frame_max: int) -> amqp.Messag
 def _fit(record: dict[str, Any], room: int) -> dict[str, Any]:
     if len(dumps("F", [record])) <= room:
         return record
-    exception = record.get("exception")
+    exception = record.get("exception") or {}
     for cut in _CUTS if exception else ():
         record["exception"] = {
             "type": clip(exception["type"], max(cut, 64)),
@@ -125,5 +125,3 @@ def revived(letter: DeadLetter, user: str | None) -> tuple[amqp.Message, list[st
     if "CC" in letter.stripped:
         changes.append("CC dropped: a replay goes to the source queue alone")
     return amqp.Message(letter.original.body, application_headers=headers, **properties), changes
-
-

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -89,7 +88,7 @@ class ConfirmPipeline:
             self._connection.drain_events(timeout=timeout)
             while True:
                 self._connection.drain_events(timeout=0)
-        except (socket.timeout, BlockingIOError):
+        except (TimeoutError, BlockingIOError):
             pass
 
     def _settle(self, tag: int, multiple: bool, outcome: str) -> None:

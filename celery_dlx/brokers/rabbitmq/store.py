@@ -7,7 +7,6 @@ on our DLQs, whose delivery limit is off (`topology.dlq_arguments`).
 from __future__ import annotations
 
 import logging
-import socket
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from time import monotonic
@@ -62,7 +61,7 @@ class _Reader:
         while not self._buffer and (remaining := deadline - monotonic()) > 0:
             try:
                 self._connection.drain_events(timeout=remaining)
-            except socket.timeout:
+            except TimeoutError:
                 break
         return self._buffer.popleft() if self._buffer else None
 
@@ -149,7 +148,8 @@ class RabbitMQBroker:
             done.append(token)
 
         pipeline = ConfirmPipeline(publishing.channel(), on_outcome)
-        user, failed, taken = publishing.userid, [], 0
+        failed: list[_InFlight] = []
+        user, taken = publishing.userid, 0
         for raw in reader:
             letter = letter_of(raw, queue, dlq)
             if not match(letter):
@@ -236,5 +236,3 @@ def unreachable(connection: Any, exc: BaseException) -> BrokerUnreachableError:
         return BrokerUnreachableError(f"{uri}: the broker refuses the user or password; check the broker URL")
     reason = str(getattr(exc, "strerror", None) or exc or type(exc).__name__).splitlines()[0]
     return BrokerUnreachableError(f"{uri}: {reason}; is the broker running, and the broker URL right?")
-
-

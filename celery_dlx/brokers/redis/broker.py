@@ -116,9 +116,7 @@ class RedisBroker:
 
     def stats(self, queues: Iterable[str]) -> Iterator[QueueStats]:
         for queue in queues:
-            yield QueueStats(
-                queue, self._policy.dlq(queue), self._store.count(queue), dict(self._store.counters(queue))
-            )
+            yield QueueStats(queue, self._policy.dlq(queue), self._store.count(queue), dict(self._store.counters(queue)))
 
 
 def _full(exc: BaseException, consequence: str) -> Exception:

@@ -13,8 +13,7 @@ import redis
 
 from celery_dlx.brokers.base import Delivery
 from celery_dlx.brokers.redis.store import LetterStore
-from celery_dlx.brokers.redis.transport import garbage_death
-from celery_dlx.letters import DeadLetter, Death, Original, compose
+from celery_dlx.letters import DeadLetter, Death, Original, Reason, compose, safe_text, type_name
 from celery_dlx.policy.settings import Policy
 
 logger = logging.getLogger("celery_dlx")
@@ -25,9 +24,10 @@ class RedisCapturer:
 
     stores_on_reject = True
 
-    def __init__(self, connect: Callable[[], Any], policy: Policy) -> None:
+    def __init__(self, connect: Callable[[], Any], policy: Policy, worker: str | None = None) -> None:
         self._connect = connect
         self._policy = policy
+        self._worker = worker
         self._lock = threading.Lock()
         self._pending: deque[tuple[DeadLetter, bytes, Callable[[bool], None]]] = deque()
         self._connection: Any = None
@@ -46,7 +46,15 @@ class RedisCapturer:
         if settings is None or not settings.captures("malformed"):
             logger.error("an item of %r is no message and is dropped, as the policy says: %s", queue, exc)
             return
-        death = garbage_death(queue, exc, int(time() * 1000))
+        death = Death(
+            reason=Reason.MALFORMED.value,
+            queue=queue,
+            died_at=int(time() * 1000),
+            exception_type=type_name(type(exc)),
+            message=safe_text(exc) or "not a kombu envelope",
+            worker=self._worker,
+            service=self._policy.service,
+        )
         letter = compose(death, Original(body=item, raw=item), self._policy.dlq(queue))
         logger.error("an item of %r is no message: kept as dead letter %s: %s", queue, letter.id, exc)
         self.capture(letter, None, lambda stored: None)
@@ -88,4 +96,3 @@ class RedisCapturer:
             self._connection = self._connect()
             self._store = self._connection.default_channel.dlx_letter_store(self._policy)
         return self._store
-

@@ -25,9 +25,7 @@ _PAGE = 500
 def sources() -> dict[str, str]:
     """The Lua scripts by name."""
     folder = resources.files("celery_dlx.brokers.redis") / "scripts"
-    return {
-        entry.name[:-4]: entry.read_text("utf-8") for entry in folder.iterdir() if entry.name.endswith(".lua")
-    }
+    return {entry.name[:-4]: entry.read_text("utf-8") for entry in folder.iterdir() if entry.name.endswith(".lua")}
 
 
 def is_full(exc: BaseException) -> bool:
@@ -38,7 +36,7 @@ def is_full(exc: BaseException) -> bool:
 class LetterStore:
     """Scripts over one Redis database. ``client`` must not prefix keys: this does, for scripts prefix only the first."""
 
-    def __init__(self, client: redis.Redis, prefix: str, policy: Policy) -> None:
+    def __init__(self, client: Any, prefix: str, policy: Policy) -> None:
         self.client = client
         self.prefix = prefix
         self._policy = policy
@@ -69,9 +67,7 @@ class LetterStore:
         keys = [self.prefix + unacked, self.prefix + index, self.keys(queue)[4]]
         return bool(self._scripts["ack"](keys=keys, args=[tag, own_tag]))
 
-    def restore(
-        self, unacked: str, index: str, tag: str, queue: str, list_key: str, own_tag: str, leftmost: bool
-    ) -> bool:
+    def restore(self, unacked: str, index: str, tag: str, queue: str, list_key: str, own_tag: str, leftmost: bool) -> bool:
         keys = [self.prefix + unacked, self.prefix + index, self.keys(queue)[4], self.prefix + list_key]
         return bool(self._scripts["restore"](keys=keys, args=[tag, "L" if leftmost else "R", own_tag, _COUNT_MEMORY]))
 
@@ -106,9 +102,7 @@ class LetterStore:
             if not is_full(exc):
                 raise
         if letter.exception:
-            letter.exception = {
-                key: clip(value, _SLIM_TRACEBACK, keep="tail") for key, value in letter.exception.items()
-            }
+            letter.exception = {key: clip(value, _SLIM_TRACEBACK, keep="tail") for key, value in letter.exception.items()}
         return run(to_json(letter), "1")
 
     def pages(self, queue: str, *, bodies: bool) -> Iterator[tuple[str, float, bytes | None, bytes | None]]:
@@ -119,9 +113,7 @@ class LetterStore:
         name, payloads, records = self.keys(queue)[:3]
         low, seen = "-inf", set[bytes]()
         while True:
-            found: Any = self.client.zrange(
-                name, low, "+inf", byscore=True, offset=0, num=_PAGE + len(seen), withscores=True  # type: ignore[arg-type]
-            )
+            found = self.client.zrange(name, low, "+inf", byscore=True, offset=0, num=_PAGE + len(seen), withscores=True)
             fresh = [(member, score) for member, score in found if member not in seen]
             if not fresh:
                 return
@@ -167,7 +159,7 @@ class LetterStore:
         return int(self._scripts["purge"](keys=self.keys(queue)[:4]))
 
     def count(self, queue: str) -> int:
-        return int(self.client.zcard(self.keys(queue)[0]))  # type: ignore[arg-type]
+        return int(self.client.zcard(self.keys(queue)[0]))
 
     def counters(self, queue: str) -> dict[str, int]:
         found: Any = self.client.hgetall(self.keys(queue)[3])

@@ -11,7 +11,7 @@ import itertools
 import logging
 import uuid
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import kombu.transport
@@ -24,7 +24,6 @@ from kombu.utils.json import loads
 from celery_dlx.brokers.base import Delivery
 from celery_dlx.brokers.redis.letters import original_of
 from celery_dlx.brokers.redis.store import LetterStore
-from celery_dlx.letters import Death
 from celery_dlx.policy.settings import Policy, QueueSettings
 
 logger = logging.getLogger("celery_dlx")
@@ -78,9 +77,7 @@ class QoS(stock.QoS):  # type: ignore[misc]
             return
         delivery = covered[1]
         own_tag = delivery.own_tag if delivery.redelivered else ""
-        if not self.channel.dlx_store.ack(
-            self.unacked_key, self.unacked_index_key, delivery_tag, delivery.queue, own_tag
-        ):
+        if not self.channel.dlx_store.ack(self.unacked_key, self.unacked_index_key, delivery_tag, delivery.queue, own_tag):
             logger.info("a message of %r was restored while it ran: it will run again", delivery.queue)
         virtual.QoS.ack(self, delivery_tag)
 
@@ -135,9 +132,13 @@ class _RecordsReplies:
         return reply
 
 
-@lru_cache(maxsize=8)
+_recording_classes: dict[type, type] = {}
+
+
 def _recording(client_class: type) -> type:
-    return type("RecordingRedis", (_RecordsReplies, client_class), {})
+    if client_class not in _recording_classes:
+        _recording_classes[client_class] = type("RecordingRedis", (_RecordsReplies, client_class), {})
+    return _recording_classes[client_class]
 
 
 class ChannelMixin:
@@ -173,7 +174,7 @@ class ChannelMixin:
 
     def dlx_queue_of(self, key: str) -> str:
         """The queue of a list: priorities have lists of their own."""
-        return key.rsplit(self.sep, 1)[0]  # type: ignore[attr-defined, no-any-return]
+        return key.rsplit(self.sep, 1)[0]  # type: ignore[attr-defined]
 
     def _create_client(self, asynchronous: bool = False) -> Any:
         client = super()._create_client(asynchronous)  # type: ignore[misc]
@@ -188,7 +189,7 @@ class ChannelMixin:
             return super()._brpop_read(**options)  # type: ignore[misc]
         except Exception as exc:
             # Still set: the item never became a delivery. kombu would end the worker, and the item is in no list any more.
-            inbound, self.dlx_inbound = self.dlx_inbound, None
+            inbound: Any = self.dlx_inbound
             if inbound is None or isinstance(exc, (redis.exceptions.RedisError, OSError)):
                 raise
             queue = self.dlx_queue_of(inbound[0])
@@ -228,14 +229,3 @@ def install() -> None:
     for alias, path in _ALIASES.items():
         kombu.transport.TRANSPORT_ALIASES[alias] = path
         kombu.transport._transport_cache.pop(alias, None)
-
-
-def garbage_death(queue: str, exc: Exception, now_ms: int) -> Death:
-    """The death of an item that is no message at all."""
-    return Death(
-        reason="malformed",
-        queue=queue,
-        died_at=now_ms,
-        exception_type=f"{type(exc).__module__}.{type(exc).__qualname__}",
-        message=str(exc)[:500] or "not a kombu envelope",
-    )
