@@ -3,20 +3,21 @@
     python benchmarks/capture.py --broker amqp://… [--broker redis://…] [--messages 12000] [--rounds 3]
 
 Same settings for all: prefork -c 2, prefetch 64, messages preloaded. The modes take turns within each round, and the
-ratios are of the medians: compare ratios, not absolute figures. Every run checks that all messages were processed and,
+ratios are medians of each round's ratios: compare ratios, not absolute figures. Every run checks that all messages were processed and,
 where letters are kept, that all were captured (with a traceback, by celery-dlx).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import amqp
@@ -25,6 +26,8 @@ from kombu import Connection
 
 HERE = Path(__file__).parent
 QUEUE = "bench"
+#: As in bench_app, which only the measured processes import.
+SLOTS = 4096
 
 
 class RabbitMQBench:
@@ -74,40 +77,52 @@ def run(url: str, mode: str, task: str, messages: int, late: bool) -> float:
     """Messages per second of one worker over one preloaded queue."""
     bench = RabbitMQBench(url) if url.startswith("amqp") else RedisBench(url)
     bench.reset(mode)
-    done = Path(tempfile.mkdtemp()) / "events"
+    home = Path(tempfile.mkdtemp())
+    counter = home / "counter"
+    counter.write_bytes(bytes(SLOTS * 8))
     env = {
-        **os.environ, "BENCH_BROKER": url, "BENCH_MODE": mode, "PYTHONPATH": str(HERE), "BENCH_LATE": str(int(late)),
-        "BENCH_MESSAGES": str(messages), "BENCH_DONE": str(done),
-    }  # fmt: skip
-    subprocess.run(
-        [sys.executable, "-c", f"import bench_app as b\nwith b.app.producer_pool.acquire(block=True) as p:\n"
-         f"  for n in range({messages}): b.{task}.apply_async((n,), producer=p)"],
-        env=env, check=True, cwd=HERE,
-    )  # fmt: skip
+        **os.environ,
+        "BENCH_BROKER": url,
+        "BENCH_MODE": mode,
+        "PYTHONPATH": str(HERE),
+        "BENCH_LATE": str(int(late)),
+        "BENCH_COUNTER": str(counter),
+    }
+    preload = (
+        f"import bench_app as b\nwith b.app.producer_pool.acquire(block=True) as p:\n  for n in range({messages}): b.{task}"
+    )
+    subprocess.run([sys.executable, "-c", f"{preload}.apply_async((n,), producer=p)"], env=env, check=True, cwd=HERE)
+
+    def ran() -> int:
+        return sum(struct.unpack(f"{SLOTS}Q", counter.read_bytes()))
+
     expected = messages if task == "fail" and mode != "stock" else 0
-    command = [sys.executable, "-m", "celery", "-A", "bench_worker", "worker", "-c", "2", "-l", "ERROR"]
+    command = [sys.executable, "-m", "celery", "-A", "bench_app", "worker", "-c", "2", "-l", "CRITICAL"]
     command += ["--without-gossip", "--without-mingle", "--without-heartbeat", "-Q", QUEUE]
-    with open(done.parent / "log", "wb") as log:
+    with open(home / "log", "wb") as log:
         worker = subprocess.Popen(command, env=env, cwd=HERE, stdout=log, stderr=log)
-        try:
-            deadline = time.monotonic() + 300
-            while not done.exists():
+        deadline = time.monotonic() + 300
+
+        def wait(over: Callable[[], bool]) -> float:
+            while not over():
                 if worker.poll() is not None or time.monotonic() > deadline:
-                    raise SystemExit((done.parent / "log").read_text()[-3000:])
-                time.sleep(0.05)
-            report = json.loads(done.read_text())
-            finished = report["finished"]
-            # Not over before every letter is stored: time.monotonic() is one clock for all processes of a machine.
-            while (bench.letters() < expected or bench.waiting()) and time.monotonic() < deadline:
+                    raise SystemExit((home / "log").read_text()[-3000:])
                 time.sleep(0.02)
-                finished = time.monotonic()
+            return time.monotonic()
+
+        try:
+            started = wait(lambda: ran() > 0)
+            # Not over before every letter is stored.
+            finished = wait(lambda: ran() >= messages)
+            if bench.letters() < expected or bench.waiting():
+                finished = wait(lambda: bench.letters() >= expected and not bench.waiting())
         finally:
             worker.terminate()
             worker.wait(60)
     kept = bench.letters()
     if kept != expected or bench.waiting():
         raise SystemExit(f"{mode} {task}: {kept} letters, expected {expected}; {bench.waiting()} messages left")
-    return messages / (finished - report["started"])
+    return messages / (finished - started)
 
 
 def main() -> None:
@@ -129,11 +144,18 @@ def main() -> None:
                     rates[mode].append(run(url, mode, task, options.messages, options.late))
                     print(f"  {mode} {task}: {rates[mode][-1]:.0f}/s", file=sys.stderr)
             median = {mode: statistics.median(values) for mode, values in rates.items()}
+
+            def ratio(mode: str, other: str, rates: dict[str, list[float]] = rates) -> str:
+                # Round by round: the machine's speed drifts between rounds more than within one.
+                if other not in rates:
+                    return "-"
+                return f"{statistics.median(a / b for a, b in zip(rates[mode], rates[other], strict=True)):.2f}"
+
             for mode in modes:
                 rows.append([
                     "RabbitMQ" if rabbit else "Redis", task, mode, f"{median[mode]:.0f}",
-                    f"{median[mode] / median['stock']:.2f}",
-                    f"{median[mode] / median['recipe']:.2f}" if "recipe" in median else "-",
+                    ratio(mode, "stock"),
+                    ratio(mode, "recipe"),
                 ])  # fmt: skip
     for row in [["broker", "task", "mode", "msg/s", "÷ stock", "÷ recipe"], *rows]:
         print("  ".join(cell.ljust(9) for cell in row))

@@ -18,12 +18,19 @@ _LIBRARY = re.compile(r"(^|/)(site-packages|dist-packages|lib/python\d[^/]*|cele
 _VARIABLE = re.compile(r"0x[0-9a-fA-F]+|\d+|[0-9a-fA-F]{8}-[0-9a-fA-F-]{27}")
 
 
-@lru_cache(maxsize=512)
 def fingerprint(reason: str, task: str | None, exception_type: str | None, traceback: str) -> str:
     """Return the fingerprint of a death, e.g. ``1-5f0c1d2e3a4b5c6d``.
 
     The traceback is that of Python's ``traceback`` module, possibly with its head cut off.
     """
+    # What stands after the last frame (the exception's own words) plays no part: without it, the deaths of one cause
+    # have one text, and are reckoned once.
+    end = traceback.find("\n", traceback.rfind('  File "') + 1)
+    return _reckon(reason, task, exception_type, traceback[: end if end >= 0 else None])
+
+
+@lru_cache(maxsize=512)
+def _reckon(reason: str, task: str | None, exception_type: str | None, traceback: str) -> str:
     frames = [
         f"{_module(found['path'])}:{_VARIABLE.sub('#', found['function'])}"
         for found in _FRAME.finditer(traceback)

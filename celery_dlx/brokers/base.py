@@ -58,6 +58,15 @@ class Capturer(Protocol):
         never give up while the process lives.
         """
 
+    def open(self) -> None:
+        """Connect, where waiting is allowed."""
+
+    def attach(self, hub: Any, timer: Any, soon: Callable[[Callable[[], None]], None]) -> None:
+        """The worker's event loop is running from now on; ``soon`` runs a function on it, from any thread."""
+
+    def detach(self) -> None:
+        """The event loop does not run any more."""
+
     def flush(self, timeout: float) -> int:
         """Wait at most ``timeout`` seconds until all letters are stored; returns how many are not."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Any
@@ -29,6 +30,7 @@ class Net:
         self._wake_read.setblocking(False)
         self._wake_write.setblocking(False)
         self._awake = False
+        self._thread = threading.get_ident()
         self.looping = False
         self._returns: OrderedDict[str, int] = OrderedDict()
 
@@ -72,7 +74,10 @@ class Net:
             (marshalled or (lambda: self._direct(message, "ack" if stored else "reject")))()
 
         alive = (lambda: _channel_open(message)) if owned else None
-        self.capturer.capture(letter, alive, lambda stored: self._soon(lambda: settle(stored)))
+        if self._on_loop():
+            self.capturer.capture(letter, alive, settle)
+        else:
+            self._soon(lambda: self.capturer.capture(letter, alive, settle))
 
     def _direct(self, message: Any, verb: str) -> None:
         if not message.acknowledged:
@@ -84,10 +89,11 @@ class Net:
 
     # -- back onto the event loop
 
+    def _on_loop(self) -> bool:
+        """Whether this is the thread of the event loop; under gevent and eventlet, which have none, any greenlet will do."""
+        return self._consumer.hub is None or threading.get_ident() == self._thread
+
     def _soon(self, outcome: Callable[[], None]) -> None:
-        if self._consumer.hub is None:  # gevent, eventlet: this already is a greenlet
-            self._run(outcome)
-            return
         self._outcomes.append(outcome)
         if not self._awake:
             # kombu's own `call_soon` does not interrupt the poller from another thread before 5.7.
@@ -99,8 +105,15 @@ class Net:
 
     def register(self, hub: Any) -> None:
         """Called each time the event loop starts."""
+        self._thread = threading.get_ident()
         hub.add_reader(self._wake_read, self.run_outcomes)
         self.looping = True
+        self.capturer.attach(hub, self._consumer.timer, self._soon)
+
+    def unregister(self) -> None:
+        """The loop ended: for good, or to start anew after a reconnect."""
+        self.looping = False
+        self.capturer.detach()
 
     def run_outcomes(self) -> None:
         self._awake = False
@@ -119,10 +132,10 @@ class Net:
 
     def flush(self, timeout: float) -> int:
         """At shutdown, on the main thread: wait for what is being stored, and settle it."""
-        self.looping = False
-        left = self.capturer.flush(timeout)
+        self.unregister()
+        self._thread = threading.get_ident()
         self.run_outcomes()
-        return left
+        return self.capturer.flush(timeout)
 
     # -- classic queues tell only that a message came again, not how often
 

@@ -81,8 +81,7 @@ def make_steps(cover: BrokerCover) -> tuple[type, type]:
             net = self.net
             if net is None:
                 return
-            # After a reconnect: what waited for the broker first.
-            net.capturer.flush(0)
+            net.capturer.open()
             if self._timer is None and net.capturer.stores_on_reject:
                 self._timer = consumer.timer.call_repeatedly(_RETRY_EVERY, lambda: net.capturer.flush(0))
 
@@ -92,7 +91,7 @@ def make_steps(cover: BrokerCover) -> tuple[type, type]:
 
         def stop(self, consumer: Any) -> None:
             if self.net is not None:
-                self.net.looping = False
+                self.net.unregister()
 
         def shutdown(self, consumer: Any) -> None:
             """After the pool has drained: the last letters, then their originals."""

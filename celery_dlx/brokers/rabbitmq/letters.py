@@ -15,8 +15,8 @@ from celery_dlx.replaying import revive_expiration, revive_headers
 _COUNTERS = ("x-delivery-count", "x-acquired-count")
 #: Room left in the header frame for what we do not measure, in bytes (frame overhead and the method's own arguments).
 _HEADROOM = 1024
-#: Below this, in bytes, sizes are not measured exactly: the frame is at least 8 KiB (RabbitMQ ≥ 4.1), by default 128 KiB.
-_CUTS = (8_192, 2_048, 512, 0)
+#: Lengths a traceback is cut to, in characters, until it fits: a frame is 128 KiB by default, and may be 8 KiB.
+_CUTS = (16_384, 8_192, 2_048, 512, 0)
 
 
 def original_of(raw: amqp.Message) -> Original:
@@ -48,20 +48,25 @@ def strip_for_rest(letter: DeadLetter, user: str | None) -> tuple[dict[str, Any]
     return headers, properties
 
 
-def at_rest(letter: DeadLetter, user: str | None, frame_max: int) -> amqp.Message:
-    """The message that carries a letter to its DLQ. Its headers fit one frame: the traceback gives way first.
+def at_rest(letter: DeadLetter, user: str | None, frame_max: int | None = None) -> amqp.Message:
+    """The message that carries a letter to its DLQ. With ``frame_max``, its headers fit that: the traceback gives way.
 
     Raises:
         ValueError: not even the shortest record fits beside the original's own headers.
     """
     headers, properties = strip_for_rest(letter, user)
     record = letter.record()
-    room = frame_max - _HEADROOM
-    if _rough_size(headers) + _rough_size(record) > room // 4:
-        room -= len(dumps("F", [headers])) + sum(len(str(value)) * 2 for value in properties.values())
-        record = _fit(record, room)
+    if frame_max is not None:
+        taken = len(dumps("F", [headers])) + sum(len(str(value)) * 4 for value in properties.values())
+        record = _fit(record, frame_max - _HEADROOM - taken)
     headers[HEADER] = record
     return amqp.Message(letter.original.body, application_headers=headers, **properties)
+
+
+def bare(letter: DeadLetter) -> amqp.Message:
+    """The body alone with the shortest record: for an original whose headers cannot be encoded again."""
+    record = {"v": 1, "id": letter.id, "reason": letter.reason, "queue": letter.queue, "died_at": letter.died_at}
+    return amqp.Message(letter.original.body, application_headers={HEADER: record}, delivery_mode=2)
 
 
 def _fit(record: dict[str, Any], room: int) -> dict[str, Any]:
@@ -80,20 +85,6 @@ def _fit(record: dict[str, Any], room: int) -> dict[str, Any]:
     if len(dumps("F", [record])) <= room:
         return record
     raise ValueError(f"{room} bytes left for the record in the header frame")
-
-
-def _rough_size(table: Mapping[str, Any]) -> int:
-    size = 0
-    for value in table.values():
-        if isinstance(value, (str, bytes)):
-            size += 2 * len(value) + 32
-        elif isinstance(value, Mapping):
-            size += _rough_size(value)
-        elif isinstance(value, (list, tuple)):
-            size += 2 * len(repr(value)) + 32
-        else:
-            size += 32
-    return size
 
 
 def letter_of(raw: amqp.Message, queue: str, dlq: str) -> DeadLetter:

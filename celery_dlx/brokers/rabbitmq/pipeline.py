@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ssl
 from collections import OrderedDict
 from collections.abc import Callable
+from struct import unpack_from
 from typing import Any
 
 import amqp
@@ -11,11 +13,15 @@ from amqp.method_framing import frame_writer
 from amqp.serialization import dumps
 from amqp.spec import Basic
 
-#: Written at once at most, in bytes: the broker gets work while the next batch is being encoded.
+#: Written at once at most, in bytes.
 _BATCH_BYTES = 262_144
 
 #: How a publish ended.
 STORED, RETURNED, REFUSED = "stored", "returned", "refused"
+
+
+class HeadersTooLargeError(Exception):
+    """A message's headers and properties do not fit one frame: the broker would close the connection."""
 
 
 class _Buffer:
@@ -57,29 +63,63 @@ class ConfirmPipeline:
         """What was published and not yet settled, in order."""
         return list(self._waiting.values())
 
+    def oldest(self) -> list[Any]:
+        """The first of them, if there is one: the broker settles in about the order of publishing."""
+        return [next(iter(self._waiting.values()))] if self._waiting else []
+
     def publish(self, token: Any, message: amqp.Message, exchange: str, routing_key: str) -> None:
-        """Encode one message, mandatory; ``token`` comes back with its outcome. Writes when enough is waiting.
+        """Encode one message, mandatory; ``token`` comes back with its outcome. Nothing is written yet.
 
         Raises:
             Exception: whatever the message's headers make the encoder raise; nothing of it was written then.
         """
         arguments = dumps("Bssbb", (0, exchange, routing_key, True, False))
-        start = len(self._buffer.data)
+        data = self._buffer.data
+        start = len(data)
         try:
             self._write_frame(1, self._channel.channel_id, Basic.Publish, arguments, message)
+            # Frames are type, channel, size, payload, end: 1 + 2 + 4 + size + 1 bytes. The second one holds the headers,
+            # and cannot be split (AMQP 0-9-1 §4.2.6).
+            (size,) = unpack_from(">I", data, start + 3)
+            (size,) = unpack_from(">I", data, start + 8 + size + 3)
+            if size + 8 > self._connection.frame_max:
+                raise HeadersTooLargeError(f"headers of {size} bytes, the frame holds {self._connection.frame_max - 8}")
         except Exception:
-            del self._buffer.data[start:]
+            del data[start:]
             raise
         self._sequence += 1
         self._waiting[self._sequence] = token
-        if len(self._buffer.data) >= _BATCH_BYTES:
-            self.write()
 
     def write(self) -> None:
-        """Hand what was encoded to the broker."""
+        """Hand what was encoded to the broker; blocks while the broker does not read."""
         if self._buffer.data:
             data, self._buffer.data = self._buffer.data, bytearray()
             self._connection.transport.write(bytes(data))
+
+    def write_some(self) -> bool:
+        """Hand over as much as the socket, which must not block, takes now; whether that was all."""
+        data, sock = self._buffer.data, self._connection.sock
+        while data:
+            try:
+                sent = sock.send(memoryview(data)[:_BATCH_BYTES])
+            except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                return False
+            del data[:sent]
+        return True
+
+    @property
+    def unwritten(self) -> int:
+        """Bytes encoded and not yet handed over."""
+        return len(self._buffer.data)
+
+    def read_some(self, *, once: bool = False) -> None:
+        """Take what has arrived, without waiting; ``once``: the next frame only, for a caller that is told of more."""
+        try:
+            self._connection.drain_events(timeout=0)
+            while not once:
+                self._connection.drain_events(timeout=0)
+        except (TimeoutError, BlockingIOError, ssl.SSLWantReadError):
+            pass
 
     def read(self, timeout: float | None = 0) -> None:
         """Take the confirms that have arrived, waiting at most ``timeout`` seconds for the first."""

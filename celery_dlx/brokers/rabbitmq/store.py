@@ -28,6 +28,8 @@ logger = logging.getLogger("celery_dlx")
 BROWSE_LIMIT = 50_000
 #: Letters in flight while replaying.
 WINDOW = 1_000
+#: Encoded messages are handed over at this size, in bytes: the broker has work while the next ones are read.
+_WRITE_BYTES = 262_144
 #: Without a delivery for this long, in seconds, what the queue counted at the start is taken to be gone or held.
 _QUIET = 5.0
 #: Waiting for confirms, in seconds.
@@ -158,6 +160,8 @@ class RabbitMQBroker:
             # Through the default exchange: the original one may fan out to queues that had no part in this death.
             pipeline.publish(_InFlight(letter, raw.delivery_tag, changes), message, "", letter.queue)
             taken += 1
+            if pipeline.unwritten >= _WRITE_BYTES:
+                pipeline.write()
             if pipeline.unconfirmed >= WINDOW or not reader.ready():
                 self._await(pipeline, WINDOW // 2)
             yield from self._settle(reader, done, failed)

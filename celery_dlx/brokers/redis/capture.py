@@ -59,6 +59,16 @@ class RedisCapturer:
         logger.error("an item of %r is no message: kept as dead letter %s: %s", queue, letter.id, exc)
         self.capture(letter, None, lambda stored: None)
 
+    def open(self) -> None:
+        """Store what waited for the connection."""
+        self.flush(0)
+
+    def attach(self, hub: Any, timer: Any, soon: Callable[[Callable[[], None]], None]) -> None:
+        """Nothing to attach: a letter is one short call, like kombu's own acknowledgement."""
+
+    def detach(self) -> None:
+        """Nothing was attached."""
+
     def flush(self, timeout: float) -> int:
         """Try once, and until ``timeout`` seconds are over; returns how many letters still wait."""
         deadline = monotonic() + timeout

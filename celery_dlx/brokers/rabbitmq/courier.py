@@ -1,0 +1,217 @@
+"""Letters on their way: published, confirmed, published again when a connection breaks, given up when there is a better way.
+
+No threads and no event loop in here: `capture` drives it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable
+from time import monotonic
+from typing import Any
+
+from amqp.exceptions import AccessRefused, AMQPError, NotFound
+
+from celery_dlx.brokers.rabbitmq.declare import Declarer
+from celery_dlx.brokers.rabbitmq.letters import at_rest, bare
+from celery_dlx.brokers.rabbitmq.pipeline import REFUSED, RETURNED, STORED, ConfirmPipeline, HeadersTooLargeError
+from celery_dlx.letters import DeadLetter
+from celery_dlx.policy.settings import Policy
+
+logger = logging.getLogger("celery_dlx")
+
+#: Without a confirm for this long, in seconds, an original that can still be settled is left to the broker's own net.
+GIVE_UP_AFTER = 30.0
+#: The same publish is tried this often when the broker answers and refuses (no route, nack).
+MAX_REFUSALS = 3
+
+
+class Pending:
+    """One letter on its way to its DLQ. See `celery_dlx.brokers.base.Capturer.capture` for ``alive`` and ``done``."""
+
+    __slots__ = ("alive", "done", "key", "letter", "refusals", "sent", "since")
+
+    def __init__(self, letter: DeadLetter, alive: Callable[[], bool] | None, done: Callable[[bool], None]) -> None:
+        self.letter = letter
+        self.alive = alive
+        self.done = done
+        self.key = letter.id
+        self.refusals = 0
+        self.since = self.sent = monotonic()
+
+
+class Line:
+    """An open connection to the broker, ready to publish on."""
+
+    def __init__(self, connection: Any, on_outcome: Callable[[Pending, str], None]) -> None:
+        self.connection = connection
+        self.pipeline = ConfirmPipeline(connection.channel(), on_outcome)
+        self.sock = connection.connection.sock
+        self.user: str | None = connection.userid
+        self.frame_max: int = connection.connection.frame_max
+
+    def close(self) -> None:
+        try:
+            self.connection.collect()
+        except Exception:
+            logger.debug("closing the capture connection failed", exc_info=True)
+
+
+class Courier:
+    """Carries letters over one line after another. Used by one thread at a time, but for `add` and `open_line`."""
+
+    def __init__(self, connect: Callable[[], Any], policy: Policy, declarer: Declarer) -> None:
+        self._connect = connect
+        self._policy = policy
+        self._declarer = declarer
+        self._waiting: deque[Pending] = deque()
+        self.line: Line | None = None
+        #: Queues whose dead-letter topology must be declared again before the next line is used.
+        self._suspect: set[str] = set()
+
+    def add(self, pending: Pending) -> None:
+        self._waiting.append(pending)
+
+    @property
+    def open_letters(self) -> int:
+        """Letters that are neither stored nor given up."""
+        return len(self._waiting) + (self.line.pipeline.unconfirmed if self.line else 0)
+
+    def open_line(self) -> Line:
+        """Connect (this blocks) and return a line; `use` makes it the one in use.
+
+        Raises:
+            Exception: whatever keeps us from the broker.
+        """
+        connection = self._connect()
+        try:
+            connection.connect()
+            for queue in list(self._suspect):
+                self._declare(queue, connection)
+            return Line(connection, self._on_outcome)
+        except BaseException:
+            connection.collect()
+            raise
+
+    def use(self, line: Line) -> None:
+        self.line = line
+
+    def drop_line(self, exc: BaseException) -> None:
+        """The line is broken: what it had not confirmed goes again, over the next one, under the same id."""
+        line, self.line = self.line, None
+        logger.error("dead letters cannot be published, trying again: %s", reason_of(exc))
+        if line is None:
+            return
+        self._waiting.extend(line.pipeline.waiting())
+        line.close()
+        if isinstance(exc, (AccessRefused, NotFound)):
+            # The broker closed the channel: no such exchange, or no permission to publish to it.
+            for pending in self._waiting:
+                pending.refusals += 1
+                self._suspect.add(pending.letter.queue)
+
+    def publish(self) -> None:
+        """Encode all that waits onto the line.
+
+        Raises:
+            Exception: the line is broken.
+        """
+        assert self.line is not None
+        while self._waiting:
+            pending = self._waiting.popleft()
+            if pending.alive is not None and (pending.refusals >= MAX_REFUSALS or not pending.alive()):
+                # Refused too often: the broker's net takes the original. Or the channel of the original is gone: it
+                # is delivered again, and lives or dies there.
+                self._finish(pending, False)
+                continue
+            try:
+                pending.sent = monotonic()
+                self._encode(self.line, pending)
+            except (AMQPError, OSError):
+                self._waiting.appendleft(pending)
+                raise
+
+    def expire(self) -> None:
+        """Give up on letters whose original the broker can still take; the others have no second copy.
+
+        Raises:
+            TimeoutError: the broker has not confirmed for too long: the line is to be dropped.
+        """
+        now = monotonic()
+        if self.line is not None and any(now - pending.sent > GIVE_UP_AFTER for pending in self.line.pipeline.oldest()):
+            raise TimeoutError(f"no confirm for {GIVE_UP_AFTER:.0f}s; is the broker under a memory or disk alarm?")
+        for _ in range(len(self._waiting)):
+            pending = self._waiting.popleft()
+            if pending.alive is not None and now - pending.since > GIVE_UP_AFTER:
+                self._finish(pending, False)
+            else:
+                self._waiting.append(pending)
+
+    def _encode(self, line: Line, pending: Pending) -> None:
+        letter, exchange = pending.letter, self._policy.exchange
+        try:
+            try:
+                line.pipeline.publish(pending, at_rest(letter, line.user), exchange, letter.queue)
+            except HeadersTooLargeError:
+                line.pipeline.publish(pending, at_rest(letter, line.user, line.frame_max), exchange, letter.queue)
+            return
+        except (AMQPError, OSError):
+            raise
+        except Exception as exc:  # noqa: BLE001 - this letter cannot be encoded; the next one can
+            logger.error("letter %s of queue %r cannot be annotated: %s", pending.key, letter.queue, reason_of(exc))
+        if pending.alive is not None:
+            self._finish(pending, False)  # the broker's net takes the original as it is
+            return
+        try:
+            line.pipeline.publish(pending, bare(letter), exchange, letter.queue)
+        except (AMQPError, OSError):
+            raise
+        except Exception as exc:  # noqa: BLE001
+            logger.critical("letter %s of queue %r is lost: %s", pending.key, letter.queue, reason_of(exc))
+            self._finish(pending, False)
+
+    def _on_outcome(self, pending: Pending, outcome: str) -> None:
+        if outcome == STORED:
+            self._finish(pending, True)
+            return
+        pending.refusals += 1
+        logger.warning("letter %s of queue %r was %s by the broker", pending.key, pending.letter.queue, outcome)
+        if outcome == RETURNED:
+            # Nothing was bound: someone deleted the DLQ or its binding. Declaring waits for answers, so the next line
+            # does it before it is used.
+            self._suspect.add(pending.letter.queue)
+        if pending.refusals == MAX_REFUSALS and outcome == REFUSED and pending.alive is None:
+            logger.critical(
+                "DLQ %r refuses letters; the broker's log says why. Trying until it does not", pending.letter.dlq
+            )
+        self._waiting.append(pending)
+
+    @property
+    def needs_new_line(self) -> bool:
+        """Whether something must be declared before waiting letters can be published."""
+        return bool(self._suspect)
+
+    def _declare(self, queue: str, connection: Any) -> None:
+        settings = self._policy.settings(queue)
+        try:
+            if settings is not None:
+                self._declarer.dead_letter_queue(connection.connection, queue, settings)
+            self._suspect.discard(queue)
+        except (AMQPError, OSError):
+            raise
+        except Exception as exc:  # noqa: BLE001 - not permitted: the publish is tried in any case
+            logger.error("%s", reason_of(exc))
+            self._suspect.discard(queue)
+
+    @staticmethod
+    def _finish(pending: Pending, stored: bool) -> None:
+        try:
+            pending.done(stored)
+        except Exception:
+            logger.exception("settling letter %s failed", pending.key)
+
+
+def reason_of(exc: BaseException) -> str:
+    """One line for a log: the broker's sentence where it has one."""
+    return str(getattr(exc, "reply_text", None) or exc or type(exc).__name__).splitlines()[0]
