@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -15,9 +16,7 @@ from celery_dlx import selection
 from celery_dlx.brokers.base import Broker, QueueStats, Replayed
 from celery_dlx.brokers.cover import BrokerCover
 from celery_dlx.brokers.queues import identity, queues_class
-from celery_dlx.brokers.rabbitmq.store import RabbitMQBroker
-from celery_dlx.brokers.redis import transport as redis_transport
-from celery_dlx.brokers.redis.broker import RedisBroker
+from celery_dlx.brokers.redis import install as install_redis_transport
 from celery_dlx.errors import (
     AlreadyInstalledError,
     NotInstalledError,
@@ -29,9 +28,10 @@ from celery_dlx.errors import (
 from celery_dlx.letters import DeadLetter
 from celery_dlx.policy.settings import Policy
 from celery_dlx.signals import dead_letter_replayed
-from celery_dlx.worker.steps import exit_with, make_steps
 
 POLICY_VARIABLE = "CELERY_DLX_POLICY"
+#: Bootsteps by name: imported by workers only.
+TOPOLOGY, CAPTURE = "celery_dlx.worker.steps:Topology", "celery_dlx.worker.steps:Capture"
 MANAGEMENT_VARIABLE = "CELERY_DLX_MANAGEMENT_URL"
 
 
@@ -81,13 +81,12 @@ class DeadLetters:
     def _install(self) -> None:
         app = self.app
         app.add_defaults({"dlx_policy": None})
-        redis_transport.install()
+        install_redis_transport()
         app.amqp.queues_cls = queues_class(self._cover)
         if "queues" in app.amqp.__dict__:  # somebody looked already: those queues become covered ones too
             app.amqp.queues = app.amqp.Queues(dict(app.amqp.queues))
-        topology, capture = make_steps(self._cover)
-        app.steps["worker"].add(topology)
-        app.steps["consumer"].add(capture)
+        app.steps["worker"].add(TOPOLOGY)
+        app.steps["consumer"].add(CAPTURE)
         celeryd_init.connect(self._check_policy, weak=False)
 
     def _check_policy(self, instance: Any = None, **kwargs: Any) -> None:
@@ -96,7 +95,8 @@ class DeadLetters:
             try:
                 _ = self.policy
             except PolicyError as exc:
-                exit_with(exc)
+                sys.stderr.write(f"{exc}\n")
+                raise SystemExit(exc.exit_code) from None
 
     # -- the policy
 
@@ -127,9 +127,14 @@ class DeadLetters:
         if self._broker is None:
             connect = self.app.connection_for_read
             kind = connect().transport.driver_type
+            # Clients are imported when they are needed: importing celery_dlx must stay cheap.
             if kind == "amqp":
+                from celery_dlx.brokers.rabbitmq.store import RabbitMQBroker
+
                 self._broker = RabbitMQBroker(connect, self.policy, self.known_queues)
             elif kind == "redis":
+                from celery_dlx.brokers.redis.broker import RedisBroker
+
                 self._broker = RedisBroker(connect, self.policy)
             else:
                 raise UnsupportedBrokerError(f"broker transport {kind!r}: expected RabbitMQ (amqp://) or Redis (redis://)")

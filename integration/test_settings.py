@@ -72,7 +72,7 @@ def my_strategy(task, app, consumer, **kwargs):
 
 class MyTask(Task):
     Request = MyRequest
-    Strategy = my_strategy
+    Strategy = "features:my_strategy"
     def on_failure(self, exc, task_id, args, kwargs, einfo):
         note("task on_failure")
 

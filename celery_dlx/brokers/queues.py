@@ -94,6 +94,9 @@ def queues_class(cover: Cover) -> type[Queues]:
     """A `Queues` whose every member is covered."""
 
     class CoveredQueues(Queues):  # type: ignore[misc]
+        #: For the bootsteps, which are given an app and nothing else.
+        dlx_cover = cover
+
         def __setitem__(self, name: str, queue: kombu.Queue) -> None:
             super().__setitem__(name, cover_queue(queue, cover))
 

@@ -1,9 +1,12 @@
-"""The bootsteps: one looks after the topology before the worker starts, one is the worker's net."""
+"""The bootsteps: one looks after the topology before the worker starts, one is the worker's net.
+
+Apps know them by name only (`TOPOLOGY`, `CAPTURE` in `celery_dlx.app`): a producer never imports this.
+"""
 
 from __future__ import annotations
 
 import logging
-from typing import Any, NoReturn
+from typing import Any
 
 from amqp.exceptions import AMQPError
 from celery import bootsteps
@@ -36,77 +39,80 @@ _IGNORED_LIMITS = {
 }
 
 
-def make_steps(cover: BrokerCover) -> tuple[type, type]:
-    """The worker step and the consumer step of one app."""
+def cover_of(app: Any) -> BrokerCover:
+    """The cover that `DeadLetters` put over an app's queues."""
+    cover: BrokerCover = app.amqp.queues_cls.dlx_cover
+    return cover
 
-    class Topology(bootsteps.StartStopStep):  # type: ignore[misc]
-        """Declares exchange, DLQs and bindings, and says what is not covered, before anything is consumed."""
 
-        name = f"{__name__}.Topology"
-        label = "dead-letter topology"
-        # After the event loop is there, and before the pool: a worker that must not start should not fork.
-        requires = ("celery.worker.components:Timer",)
+class Topology(bootsteps.StartStopStep):  # type: ignore[misc]
+    """Declares exchange, DLQs and bindings, and says what is not covered, before anything is consumed."""
 
-        def start(self, worker: Any) -> None:
-            try:
-                check_worker(cover, worker)
-            except DeadLetterError as exc:
-                logger.critical("%s", exc)
-                raise SystemExit(exc.exit_code) from None
+    name = f"{__name__}.Topology"
+    label = "dead-letter topology"
+    # After the event loop is there, and before the pool: a worker that must not start should not fork.
+    requires = ("celery.worker.components:Timer",)
 
-    class Capture(bootsteps.StartStopStep):  # type: ignore[misc]
-        """Puts strategies and hooks in place, and keeps the net open across reconnects."""
+    def start(self, worker: Any) -> None:
+        try:
+            check_worker(cover_of(worker.app), worker)
+        except DeadLetterError as exc:
+            logger.critical("%s", exc)
+            raise SystemExit(exc.exit_code) from None
 
-        name = f"{__name__}.Capture"
-        label = "dead-letter capture"
-        requires = ("celery.worker.consumer.tasks:Tasks",)
 
-        def __init__(self, consumer: Any, **kwargs: Any) -> None:
-            super().__init__(consumer, **kwargs)
-            # Here and not in `start`: Tasks.start builds strategies and hands the hooks to the task consumer.
-            self.net: Net | None = None
-            self._timer: Any = None
-            capturer = make_capturer(cover, consumer.app, consumer.hostname)
-            if capturer is None:
-                logger.warning("no dead letters: the broker is neither RabbitMQ nor Redis")
-                return
-            service = cover.policy.service
-            self.net = Net(consumer, capturer)
-            if isinstance(capturer, RedisCapturer):
-                cover.on_garbage = capturer.garbage
-            consumer.strategies = Strategies(consumer, self.net, service)
-            Intake(consumer, self.net, service)
+class Capture(bootsteps.StartStopStep):  # type: ignore[misc]
+    """Puts strategies and hooks in place, and keeps the net open across reconnects."""
 
-        def start(self, consumer: Any) -> None:
-            net = self.net
-            if net is None:
-                return
-            net.capturer.open()
-            if self._timer is None and net.capturer.stores_on_reject:
-                self._timer = consumer.timer.call_repeatedly(_RETRY_EVERY, lambda: net.capturer.flush(0))
+    name = f"{__name__}.Capture"
+    label = "dead-letter capture"
+    requires = ("celery.worker.consumer.tasks:Tasks",)
 
-        def register_with_event_loop(self, consumer: Any, hub: Any) -> None:
-            if self.net is not None:
-                self.net.register(hub)
+    def __init__(self, consumer: Any, **kwargs: Any) -> None:
+        super().__init__(consumer, **kwargs)
+        # Here and not in `start`: Tasks.start builds strategies and hands the hooks to the task consumer.
+        self.net: Net | None = None
+        self._timer: Any = None
+        cover = cover_of(consumer.app)
+        capturer = make_capturer(cover, consumer.app, consumer.hostname)
+        if capturer is None:
+            logger.warning("no dead letters: the broker is neither RabbitMQ nor Redis")
+            return
+        service = cover.policy.service
+        self.net = Net(consumer, capturer)
+        if isinstance(capturer, RedisCapturer):
+            cover.on_garbage = capturer.garbage
+        consumer.strategies = Strategies(consumer, self.net, service)
+        Intake(consumer, self.net, service)
 
-        def stop(self, consumer: Any) -> None:
-            if self.net is not None:
-                self.net.unregister()
+    def start(self, consumer: Any) -> None:
+        net = self.net
+        if net is None:
+            return
+        net.capturer.open()
+        if self._timer is None and net.capturer.stores_on_reject:
+            self._timer = consumer.timer.call_repeatedly(_RETRY_EVERY, lambda: net.capturer.flush(0))
 
-        def shutdown(self, consumer: Any) -> None:
-            """After the pool has drained: the last letters, then their originals."""
-            if self.net is None:
-                return
-            left = self.net.flush(SHUTDOWN_TIMEOUT)
-            if left:
-                logger.critical(
-                    "%d dead letters could not be stored in %.0fs; late-acknowledged messages among them come again",
-                    left,
-                    SHUTDOWN_TIMEOUT,
-                )
-            self.net.capturer.close()
+    def register_with_event_loop(self, consumer: Any, hub: Any) -> None:
+        if self.net is not None:
+            self.net.register(hub)
 
-    return Topology, Capture
+    def stop(self, consumer: Any) -> None:
+        if self.net is not None:
+            self.net.unregister()
+
+    def shutdown(self, consumer: Any) -> None:
+        """After the pool has drained: the last letters, then their originals."""
+        if self.net is None:
+            return
+        left = self.net.flush(SHUTDOWN_TIMEOUT)
+        if left:
+            logger.critical(
+                "%d dead letters could not be stored in %.0fs; late-acknowledged messages among them come again",
+                left,
+                SHUTDOWN_TIMEOUT,
+            )
+        self.net.capturer.close()
 
 
 def make_capturer(cover: BrokerCover, app: Any, hostname: str) -> Capturer | None:
@@ -203,11 +209,3 @@ def _warn_of_limits(worker: Any, managed: Any) -> None:
         names = sorted({settings.entry or "defaults" for settings in managed if getattr(settings, limit) is not None})
         if names:
             logger.warning("the %s pool does not keep %s, set for %s; use prefork", pool, limit, ", ".join(names))
-
-
-def exit_with(error: DeadLetterError) -> NoReturn:
-    """End the process with an error's own words and exit code."""
-    import sys
-
-    sys.stderr.write(f"{error}\n")
-    raise SystemExit(error.exit_code)

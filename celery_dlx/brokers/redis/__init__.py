@@ -12,3 +12,18 @@ Keys, each behind the transport's `global_keyprefix`:
 The Lua rules: never encode a payload (empty arrays would become objects, numbers lose digits), only move its bytes;
 all of a move in one script.
 """
+
+import kombu.transport
+
+_ALIASES = {
+    "redis": "celery_dlx.brokers.redis.transport:Transport",
+    "rediss": "celery_dlx.brokers.redis.transport:Transport",
+    "sentinel": "celery_dlx.brokers.redis.transport:SentinelTransport",
+}
+
+
+def install() -> None:
+    """Make this process's Redis connections use our transport. Idempotent; imports no client before one is needed."""
+    for alias, path in _ALIASES.items():
+        kombu.transport.TRANSPORT_ALIASES[alias] = path
+        kombu.transport._transport_cache.pop(alias, None)

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import kombu.transport
 import redis
 from kombu.transport import redis as stock
 from kombu.transport import virtual
@@ -215,17 +214,3 @@ class Transport(stock.Transport):  # type: ignore[misc]
 
 class SentinelTransport(stock.SentinelTransport):  # type: ignore[misc]
     Channel = SentinelChannel
-
-
-_ALIASES = {
-    "redis": "celery_dlx.brokers.redis.transport:Transport",
-    "rediss": "celery_dlx.brokers.redis.transport:Transport",
-    "sentinel": "celery_dlx.brokers.redis.transport:SentinelTransport",
-}
-
-
-def install() -> None:
-    """Make this process's Redis connections use the classes above. Idempotent."""
-    for alias, path in _ALIASES.items():
-        kombu.transport.TRANSPORT_ALIASES[alias] = path
-        kombu.transport._transport_cache.pop(alias, None)
