@@ -189,6 +189,11 @@ def compose(death: Death, original: Original, dlq: str) -> DeadLetter:
     )
 
 
+def bare_letter(death: Death, original: Original, dlq: str) -> DeadLetter:
+    """A letter that says no more than what is certain."""
+    return DeadLetter(uuid4().hex, death.queue, dlq, death.reason, death.died_at, original)
+
+
 def letter_id(queue: str, original: Original, task_id: str | None, retries: int, replays: int) -> str:
     """The id of a death: the same for the same message in the same attempt, so that duplicates are recognised.
 

@@ -55,7 +55,7 @@ class Run:
 
     def _collect(self) -> bool:
         found: dict[str, list[dict]] = {}
-        for letter in self.worker.json("list"):
+        for letter in self.worker.letters():
             found.setdefault(letter["queue"], []).append(letter)
         self.letters = {queue: found.get(queue, []) for queue in self.queues.values()}
         return all(self.letters[queue] for queue in self.expected)

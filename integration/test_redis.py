@@ -72,7 +72,7 @@ def test_caps_are_exact_and_evictions_are_counted(redis_server, queue):
     with Worker(redis_server.url, [queue], policy=policy, arguments=("-c", "1")) as worker:
         sender = Sender(redis_server.url)
         ids = [sender.task(queue, "matrix_app.fail", [n]) for n in range(8)]
-        wait_for(lambda: worker.json("stats", queue)[0].get("captured") == 8, "8 captured", every=0.3)
+        wait_for(lambda: worker.dead.stats(queue)[0].extra.get("captured") == 8, "8 captured", every=0.3)
         (row,) = worker.json("stats", queue)
         assert (row["letters"], row["evicted_max_length"]) == (3, 5)
         assert [letter["task_id"] for letter in worker.letters(queue)] == ids[-3:]
@@ -84,7 +84,7 @@ def test_caps_by_bytes_and_age(redis_server, queue):
         sender = Sender(redis_server.url)
         for n in range(4):
             sender.task(queue, "matrix_app.fail", [n], padding="x" * 1000)
-        wait_for(lambda: worker.json("stats", queue)[0].get("captured") == 4, "4 captured", every=0.3)
+        wait_for(lambda: worker.dead.stats(queue)[0].extra.get("captured") == 4, "4 captured", every=0.3)
         (row,) = worker.json("stats", queue)
         assert row["bytes"] <= 4096 and row["letters"] + row["evicted_max_bytes"] == 4 and row["evicted_max_bytes"] > 0
     policy = policy.replace("max_bytes: 4KiB", "max_age: 1s")
@@ -93,7 +93,7 @@ def test_caps_by_bytes_and_age(redis_server, queue):
         oldest = threading.Event()
         oldest.wait(1.1)  # the age itself is what is tested
         sender.task(queue, "matrix_app.fail", ["last"])
-        wait_for(lambda: worker.json("stats", queue)[0].get("evicted_max_age") == before, "the old ones leave", every=0.3)
+        wait_for(lambda: worker.dead.stats(queue)[0].extra.get("evicted_max_age") == before, "the old ones leave", every=0.3)
         assert [letter["args"] for letter in worker.letters(queue)] == ["['last']"]
 
 

@@ -10,7 +10,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+from celery import Celery
 from servers import stop_process, wait_for
+
+from celery_dlx import DeadLetters
+from celery_dlx.policy.settings import Policy
 
 HERE = Path(__file__).parent
 
@@ -48,6 +52,7 @@ class Worker:
         if queues:
             self.command += ["-Q", ",".join(queues)]
         self.process: subprocess.Popen | None = None
+        self._dead: DeadLetters | None = None
 
     def start(self, *, ready: bool = True) -> Worker:
         with open(self.log, "ab") as log:
@@ -97,6 +102,8 @@ class Worker:
     def __exit__(self, *exc_info: object) -> None:
         if self.alive:
             self.stop()
+        if self._dead is not None:
+            self._dead.close()
 
     def cli(self, *arguments: str, check: bool = True, stdin: str | None = None) -> subprocess.CompletedProcess:
         """Run `celery -A app dlx …` with this worker's environment."""
@@ -110,8 +117,18 @@ class Worker:
         """The command's lines, read as JSON."""
         return [json.loads(line) for line in self.cli(*arguments, "--json").stdout.splitlines()]
 
-    def letters(self, queue: str) -> list[dict]:
-        return self.json("list", queue)
+    @property
+    def dead(self) -> DeadLetters:
+        """The worker's dead letters, read in this process: a command line takes a second to start."""
+        if self._dead is None:
+            app = Celery("reader", broker=self.env["DLX_BROKER"])
+            app.conf.broker_transport_options = json.loads(self.env.get("DLX_TRANSPORT_OPTIONS", "{}"))
+            self._dead = DeadLetters(app, policy=self.env.get("CELERY_DLX_POLICY") or Policy())
+        return self._dead
+
+    def letters(self, queue: str | None = None) -> list[dict]:
+        """What `dlx list --json` prints."""
+        return [json.loads(json.dumps(letter.as_dict())) for letter in self.dead.letters(queue)]
 
     def wait_letters(self, queue: str, count: int, timeout: float = 60) -> list[dict]:
         """Poll until a queue has that many letters."""
@@ -121,5 +138,5 @@ class Worker:
             found[:] = self.letters(queue)
             return len(found) >= count
 
-        wait_for(enough, lambda: f"{count} letters of {queue}, found {found}\n{self.output[-3000:]}", timeout, every=0.5)
+        wait_for(enough, lambda: f"{count} letters of {queue}, found {found}\n{self.output[-3000:]}", timeout, every=0.1)
         return found

@@ -51,6 +51,9 @@ class Capturer(Protocol):
 
     def compose(self, delivery: Delivery, death: Death) -> DeadLetter: ...
 
+    def compose_bare(self, delivery: Delivery, death: Death) -> DeadLetter:
+        """The letter of a message that `compose` could not describe: its bytes, under a random id."""
+
     def capture(self, letter: DeadLetter, alive: Callable[[], bool] | None, done: Callable[[bool], None]) -> None:
         """Store a letter; then call ``done(True)``, or ``done(False)`` if that proved impossible.
 

@@ -12,11 +12,11 @@ import click
 from amqp.exceptions import AMQPError
 from celery.bin.base import handle_preload_options
 from kombu.exceptions import KombuError
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from celery_dlx.app import DeadLetters
 from celery_dlx.cli import output
-from celery_dlx.errors import EXIT_UNREACHABLE, DeadLetterError, UsageError
+from celery_dlx.errors import EXIT_FINDINGS, EXIT_UNREACHABLE, DeadLetterError, UsageError
 from celery_dlx.letters import Reason
 
 _ID = re.compile(r"[0-9a-f]{32}")
@@ -40,6 +40,9 @@ def command(group: Any = dlx, **settings: Any) -> Callable[[Callable[..., Any]],
             except DeadLetterError as exc:
                 output.say(f"Error: {exc}")
                 sys.exit(exc.exit_code)
+            except ResponseError as exc:
+                output.say(f"Error: Redis refuses: {exc}; what was not done is still in its dead-letter queue")
+                sys.exit(EXIT_FINDINGS)
             except (AMQPError, RedisError, KombuError, OSError) as exc:
                 if isinstance(exc, BrokenPipeError):
                     raise

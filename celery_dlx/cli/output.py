@@ -12,11 +12,13 @@ import click
 from celery_dlx.letters import DeadLetter, iso_time
 
 _ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if code not in (10, 9)}
+#: Overrides of the writing direction would let a text stand elsewhere than it is.
+_ESCAPES |= {code: f"\\u{code:04x}" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
 
 
 def neutral(text: object) -> str:
     """Text that cannot drive a terminal: control characters are spelled out (a letter may hold hostile input)."""
-    return str(text).translate(_ESCAPES)
+    return str(text).translate(_ESCAPES).encode("utf-8", "backslashreplace").decode()
 
 
 def line(text: object, width: int | None = None) -> str:
@@ -30,7 +32,8 @@ def say(text: str) -> None:
 
 
 def json_line(value: dict[str, Any]) -> None:
-    click.echo(json.dumps(value, ensure_ascii=False, default=str))
+    # ASCII only: C1 control characters, DEL and lone surrogates are escaped, not printed.
+    click.echo(json.dumps(value, default=str).replace("\x7f", "\\u007f"))
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

@@ -21,13 +21,13 @@ def parse_duration(value: object) -> float:
         ValueError: what was expected and what was found.
     """
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        seconds = float(value)
+        seconds = float(value) if abs(value) < 1e12 else float("inf")
     else:
         found = _DURATION.fullmatch(value) if isinstance(value, str) else None
         if found is None:
             hint = " (YAML 1.1 reads that as 60-based; write 90s or 2m)" if _is_sexagesimal(value) else ""
             raise ValueError(f"expected a duration such as 30s, 5m, 12h, 30d or seconds, found {value!r}{hint}")
-        seconds = float(found["number"].replace("_", "")) * _SECONDS[found["unit"] or "s"]
+        seconds = float(found["number"].replace("_", "")[:30]) * _SECONDS[found["unit"] or "s"]
     if not 0 < seconds < 1e10:
         raise ValueError(f"expected a duration above zero, found {value!r}")
     return seconds

@@ -78,8 +78,8 @@ def _without_empty(data: Mapping[str, Any]) -> dict[str, Any]:
     queues = cleaned.get("queues")
     if isinstance(queues, Mapping):
         cleaned["queues"] = {name: {} if entry is None else entry for name, entry in queues.items()}
-    elif queues is None:
-        cleaned.pop("queues", None)
+    elif queues is None and "queues" in cleaned:
+        cleaned["queues"] = {}
     return cleaned
 
 
@@ -191,10 +191,12 @@ def _says(section: QueueSection) -> dict[str, Any]:
 
 
 def _check_limits(document: Document, policy: Policy) -> None:
+    if policy.queues is not None and not policy.queues:
+        document.problem(("queues",), 'queues: expected at least one queue, found none; write `"*": {}` for every queue')
     entries: dict[tuple[str, ...], Mapping[str, Any]] = {
         ("queues", name): says for name, says in (policy.queues or {}).items()
     }
-    places = entries or {("defaults",): {}}
+    places: dict[tuple[str, ...], Mapping[str, Any]] = {("defaults",): {}, **entries}
     for where, says in places.items():
         settings = policy.effective("", says)
         if settings.time_limit and settings.soft_time_limit and settings.soft_time_limit >= settings.time_limit:

@@ -36,6 +36,13 @@ Count = Annotated[int, Field(ge=1, strict=True)]
 Flag = Annotated[bool, Field(strict=True)]
 
 
+def _whole_number(value: object) -> object:
+    # `true` and `1.0` equal 1 in Python, and so do to pydantic's Literal.
+    if type(value) is not int:
+        raise ValueError(f"expected 1, found {value!r}")
+    return value
+
+
 def _known_reason(value: object) -> object:
     if not isinstance(value, str) or value not in REASONS:
         raise ValueError(f"expected one of {', '.join(REASONS)}, found {value!r}")
@@ -97,7 +104,7 @@ class TopologySection(Section):
 class PolicyFile(Section):
     """A celery-dlx policy: one file per service."""
 
-    version: Literal[1] = Field(description="of this format")
+    version: Annotated[Literal[1], BeforeValidator(_whole_number)] = Field(description="of this format")
     service: Annotated[str, Field(min_length=1, max_length=255)] | None = Field(
         None, description="shows in every dead letter"
     )

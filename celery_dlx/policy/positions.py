@@ -83,7 +83,13 @@ def _walk(document: Document, loader: _CoreLoader, node: yaml.Node, path: Path) 
         return _walk_mapping(document, loader, node, path)
     if isinstance(node, yaml.SequenceNode):
         return [_walk(document, loader, item, (*path, index)) for index, item in enumerate(node.value)]
-    return loader.construct_object(node)
+    try:
+        return loader.construct_object(node)
+    except yaml.YAMLError:
+        raise
+    except Exception as exc:  # noqa: BLE001 - PyYAML's constructors fail in their own ways, e.g. `!!bool maybe`
+        document.problem(path, f"{node.value!r} is no {node.tag.rsplit(':', 1)[-1]} ({type(exc).__name__})")
+        return None
 
 
 def _walk_mapping(document: Document, loader: _CoreLoader, node: yaml.MappingNode, path: Path) -> dict[str, Any]:

@@ -52,18 +52,19 @@ class Intake:
         handle = self._create_task_handler(*args, **kwargs)
         consumer = self._consumer
         # A lost connection must be seen by the consumer; all else is the message's own fault.
-        not_the_message = (MemoryError, *consumer.connection_errors)
+        # (kombu counts KeyError among Redis's connection errors; here it is a message that lacks something.)
+        lost = tuple(error for error in consumer.connection_errors if error is not KeyError)
+        not_the_message = (MemoryError, *lost)
 
         def on_task_received(message: Any) -> None:
             delivery = delivery_of(message)
             if delivery is None:
                 handle(message)
                 return
-            self._net.count_deliveries(message, delivery)
-            if self._is_poison(message, delivery):
-                return
             try:
-                handle(message)
+                self._net.count_deliveries(message, delivery)
+                if not self._is_poison(message, delivery):
+                    handle(message)
             except not_the_message:
                 raise
             except Exception as exc:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from celery_dlx.brokers.base import Capturer, Delivery
-from celery_dlx.letters import DeadLetter, Death, Original
+from celery_dlx.letters import DeadLetter, Death
 from celery_dlx.signals import task_dead_lettered
 
 logger = logging.getLogger("celery_dlx")
@@ -56,7 +56,7 @@ class Net:
             letter = self.capturer.compose(delivery, death)
         except Exception:
             logger.exception("a letter of queue %r is stored without its details", delivery.queue)
-            letter = _bare_letter(delivery, death)
+            letter = self.capturer.compose_bare(delivery, death)
         if owned and self.capturer.stores_on_reject:
             delivery.letter = letter
             delivery.on_stored = lambda: self._announce(letter, task)
@@ -160,7 +160,3 @@ def _key(message: Any) -> str:
 def _channel_open(message: Any) -> bool:
     channel = message.channel
     return channel is not None and getattr(channel, "connection", None) is not None and not message.acknowledged
-
-
-def _bare_letter(delivery: Delivery, death: Death) -> DeadLetter:
-    return DeadLetter(id="", queue=delivery.queue, dlq="", reason=death.reason, died_at=death.died_at, original=Original())

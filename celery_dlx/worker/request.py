@@ -12,6 +12,7 @@ from typing import Any
 from billiard.einfo import ExceptionInfo
 from celery.exceptions import Reject, WorkerLostError
 from celery.utils.log import get_logger
+from celery.worker import state
 
 from celery_dlx.brokers.base import Delivery, delivery_of
 from celery_dlx.letters import Death, Reason
@@ -194,6 +195,9 @@ class DeadLetterRequest:
                 delivery = delivery_of(self.message)
                 reason = Reason.EXPIRED.value if self._dlx_expired else Reason.REVOKED.value
                 if delivery is not None and delivery.settings.captures(reason):
+                    if self._dlx_expired:
+                        # Celery notes an expired task as revoked; replayed to this worker it would be dropped for that.
+                        state.revoked.discard(self.id)
                     self._bury(delivery, self._death(reason, delivery, None, None), owned=True)
                 else:
                     self.acknowledge()

@@ -6,7 +6,9 @@ Apps know them by name only (`TOPOLOGY`, `CAPTURE` in `celery_dlx.app`): a produ
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any
+from weakref import ref
 
 from amqp.exceptions import AMQPError
 from celery import bootsteps
@@ -90,6 +92,11 @@ class Capture(bootsteps.StartStopStep):  # type: ignore[misc]
         if net is None:
             return
         net.capturer.open()
+        channel = consumer.task_consumer.channel
+        if hasattr(channel, "dlx_cover"):
+            # The channel is new after each reconnect; the entry for the one before finds nothing to renew.
+            every = max(float(channel.visibility_timeout) / 3, 0.2)
+            consumer.timer.call_repeatedly(every, partial(_renew, ref(channel)))
         if self._timer is None and net.capturer.stores_on_reject:
             self._timer = consumer.timer.call_repeatedly(_RETRY_EVERY, lambda: net.capturer.flush(0))
 
@@ -113,6 +120,17 @@ class Capture(bootsteps.StartStopStep):  # type: ignore[misc]
                 SHUTDOWN_TIMEOUT,
             )
         self.net.capturer.close()
+
+
+def _renew(channel_ref: Any) -> None:
+    """Renew a channel's deliveries; errors are for the consumer to meet, which reads from the same server."""
+    channel = channel_ref()
+    if channel is None or channel.closed or channel.connection is None:
+        return
+    try:
+        channel.qos.renew()
+    except Exception as exc:  # noqa: BLE001
+        logger.warning("held messages were not renewed: %s", exc)
 
 
 def make_capturer(cover: BrokerCover, app: Any, hostname: str) -> Capturer | None:

@@ -21,7 +21,7 @@ from typing import Any
 from celery_dlx.brokers.base import Delivery
 from celery_dlx.brokers.rabbitmq.courier import Courier, Line, Pending, reason_of
 from celery_dlx.brokers.rabbitmq.declare import Declarer
-from celery_dlx.letters import DeadLetter, Death, compose
+from celery_dlx.letters import DeadLetter, Death, bare_letter, compose
 from celery_dlx.policy.settings import Policy
 
 logger = logging.getLogger("celery_dlx")
@@ -58,6 +58,9 @@ class RabbitMQCapturer:
 
     def compose(self, delivery: Delivery, death: Death) -> DeadLetter:
         return compose(death, delivery.original(), self._policy.dlq(death.queue))
+
+    def compose_bare(self, delivery: Delivery, death: Death) -> DeadLetter:
+        return bare_letter(death, delivery.original(), self._policy.dlq(death.queue))
 
     def capture(self, letter: DeadLetter, alive: Callable[[], bool] | None, done: Callable[[bool], None]) -> None:
         self._courier.add(Pending(letter, alive, done))

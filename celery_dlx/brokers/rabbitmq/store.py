@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any
 
 from amqp.exceptions import AccessRefused, AMQPError, NotFound
@@ -32,6 +32,8 @@ WINDOW = 1_000
 _WRITE_BYTES = 262_144
 #: Without a delivery for this long, in seconds, what the queue counted at the start is taken to be gone or held.
 _QUIET = 5.0
+#: Waiting for a queue to count what was settled, in seconds.
+_SETTLE = 1.0
 #: Waiting for confirms, in seconds.
 _CONFIRM_TIMEOUT = 30.0
 
@@ -41,6 +43,8 @@ class _Reader:
 
     def __init__(self, connection: Any, dlq: str, window: int) -> None:
         self._connection = connection.connection
+        self._dlq = dlq
+        self._acknowledged = 0
         self.depth = 0
         self._buffer: deque[Any] = deque()
         self.channel = connection.channel()
@@ -50,7 +54,7 @@ class _Reader:
             # Only buffer in the callback: whatever publishes there would re-enter the reading of the socket.
             self.channel.basic_consume(dlq, callback=self._buffer.append)
         except NotFound:
-            self.depth = 0
+            self._dlq = ""
 
     def __iter__(self) -> Iterator[Any]:
         left = self.depth
@@ -70,9 +74,23 @@ class _Reader:
     def ready(self) -> bool:
         return bool(self._buffer)
 
+    def acknowledge(self, tag: int) -> None:
+        self.channel.basic_ack(tag)
+        self._acknowledged += 1
+
     def close(self) -> None:
-        if self.channel.is_open:
-            self.channel.close()
+        """Put back what was not acknowledged, and wait a moment until the queue counts it again.
+
+        Quorum queues settle a little later than they answer: the next look would find letters missing, or still there.
+        """
+        if not self.channel.is_open or not self._dlq:
+            return
+        self.channel.close()
+        expected = self.depth - self._acknowledged
+        deadline = monotonic() + _SETTLE
+        with SideChannel(self._connection) as side:
+            while (live := side.live_queue(self._dlq)) and live.message_count != expected and monotonic() < deadline:
+                sleep(0.01)
 
 
 class _InFlight:
@@ -194,7 +212,7 @@ class RabbitMQBroker:
         while done:
             token = done.popleft()
             if token.outcome == STORED:
-                reader.channel.basic_ack(token.tag)
+                reader.acknowledge(token.tag)
                 yield Replayed(token.letter, token.letter.queue, token.changes)
             else:
                 failed.append(token)
@@ -207,7 +225,7 @@ class RabbitMQBroker:
                 letter = letter_of(raw, queue, dlq)
                 if not match(letter):
                     continue
-                reader.channel.basic_ack(raw.delivery_tag)
+                reader.acknowledge(raw.delivery_tag)
                 taken += 1
                 yield letter
                 if limit is not None and taken >= limit:

@@ -101,15 +101,13 @@ class RedisBroker:
                 yield letter_id, score, record, item
 
     def _list_key(self, queue: str, message: bytes) -> str:
-        channel = self._connection.default_channel
-        payload = parse_item(message)
-        return str(channel._q_for_pri(queue, channel._get_message_priority(payload) if payload else 0))
+        return str(self._connection.default_channel.dlx_list_key(queue, parse_item(message) or {}))
 
     def discard(self, queue: str, match: Match, limit: int | None = None) -> Iterator[DeadLetter]:
         chosen = islice((letter for letter in list(self.browse(queue)) if match(letter)), limit)
         while batch := list(islice(chosen, _BATCH)):
-            self._store.discard(queue, [letter.id for letter in batch])
-            yield from batch
+            removed = self._store.discard(queue, [letter.id for letter in batch])
+            yield from (letter for letter in batch if letter.id in removed)
 
     def purge(self, queue: str) -> int:
         return self._store.purge(queue)

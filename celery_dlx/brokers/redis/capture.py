@@ -13,7 +13,7 @@ import redis
 
 from celery_dlx.brokers.base import Delivery
 from celery_dlx.brokers.redis.store import LetterStore
-from celery_dlx.letters import DeadLetter, Death, Original, Reason, compose, safe_text, type_name
+from celery_dlx.letters import DeadLetter, Death, Original, Reason, bare_letter, compose, safe_text, type_name
 from celery_dlx.policy.settings import Policy
 
 logger = logging.getLogger("celery_dlx")
@@ -35,6 +35,9 @@ class RedisCapturer:
 
     def compose(self, delivery: Delivery, death: Death) -> DeadLetter:
         return compose(death, delivery.original(), self._policy.dlq(death.queue))
+
+    def compose_bare(self, delivery: Delivery, death: Death) -> DeadLetter:
+        return bare_letter(death, delivery.original(), self._policy.dlq(death.queue))
 
     def capture(self, letter: DeadLetter, alive: Callable[[], bool] | None, done: Callable[[bool], None]) -> None:
         self._pending.append((letter, letter.original.raw, done))
@@ -60,7 +63,11 @@ class RedisCapturer:
         self.capture(letter, None, lambda stored: None)
 
     def open(self) -> None:
-        """Store what waited for the connection."""
+        """Connect, and store what waited for it."""
+        try:
+            self._letter_store()
+        except Exception as exc:  # noqa: BLE001 - the first letter tries again
+            logger.warning("no connection for dead letters yet: %s", exc)
         self.flush(0)
 
     def attach(self, hub: Any, timer: Any, soon: Callable[[Callable[[], None]], None]) -> None:
@@ -82,7 +89,10 @@ class RedisCapturer:
     def close(self) -> None:
         connection, self._connection, self._store = self._connection, None, None
         if connection is not None:
-            connection.close()
+            try:
+                connection.close()
+            except Exception:
+                logger.debug("closing the capture connection failed", exc_info=True)
 
     def _store_pending(self) -> bool:
         while self._pending:
@@ -93,6 +103,12 @@ class RedisCapturer:
                     self._letter_store().capture(letter, settings, item=item)
             except (redis.exceptions.RedisError, OSError) as exc:
                 logger.error("%d dead letters wait to be stored: %s", len(self._pending), exc)
+                if not isinstance(exc, redis.exceptions.ResponseError):
+                    self.close()  # the next attempt connects anew, to whichever server is in charge then
+                return False
+            except Exception as exc:  # noqa: BLE001 - kombu's own words for a lost connection
+                logger.error("%d dead letters wait for Redis: %s", len(self._pending), exc)
+                self.close()
                 return False
             self._pending.popleft()
             try:

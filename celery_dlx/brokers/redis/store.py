@@ -30,7 +30,7 @@ def sources() -> dict[str, str]:
 
 def is_full(exc: BaseException) -> bool:
     """Whether Redis refused for want of memory."""
-    return isinstance(exc, redis.exceptions.ResponseError) and "OOM" in str(exc)
+    return isinstance(exc, redis.exceptions.OutOfMemoryError)  # type: ignore[attr-defined, unused-ignore]
 
 
 class LetterStore:
@@ -66,6 +66,11 @@ class LetterStore:
         """Forget a delivery; ``own_tag`` only if its count must be forgotten too."""
         keys = [self.prefix + unacked, self.prefix + index, self.keys(queue)[4]]
         return bool(self._scripts["ack"](keys=keys, args=[tag, own_tag]))
+
+    def renew(self, index: str, tags: Sequence[str]) -> None:
+        """Give deliveries a new age; those that are not unacknowledged any more stay gone."""
+        now, micros = self.client.time()
+        self.client.zadd(self.prefix + index, dict.fromkeys(tags, now + micros / 1e6), xx=True)
 
     def restore(self, unacked: str, index: str, tag: str, queue: str, list_key: str, own_tag: str, leftmost: bool) -> bool:
         keys = [self.prefix + unacked, self.prefix + index, self.keys(queue)[4], self.prefix + list_key]
@@ -152,8 +157,9 @@ class LetterStore:
         keys = [*self.keys(queue)[:4], *(self.prefix + key for key in lists)]
         return {member.decode() for member in self._scripts["replay"](keys=keys, args=args)}
 
-    def discard(self, queue: str, ids: Sequence[str]) -> int:
-        return int(self._scripts["discard"](keys=self.keys(queue)[:4], args=list(ids)))
+    def discard(self, queue: str, ids: Sequence[str]) -> set[str]:
+        """Delete letters; returns the ids that were there."""
+        return {member.decode() for member in self._scripts["discard"](keys=self.keys(queue)[:4], args=list(ids))}
 
     def purge(self, queue: str) -> int:
         return int(self._scripts["purge"](keys=self.keys(queue)[:4]))

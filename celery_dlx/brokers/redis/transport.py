@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 import uuid
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -23,6 +24,7 @@ from kombu.utils.json import loads
 from celery_dlx.brokers.base import Delivery
 from celery_dlx.brokers.redis.letters import original_of
 from celery_dlx.brokers.redis.store import LetterStore
+from celery_dlx.letters import DeadLetter
 from celery_dlx.policy.settings import Policy, QueueSettings
 
 logger = logging.getLogger("celery_dlx")
@@ -48,6 +50,8 @@ class QoS(stock.QoS):  # type: ignore[misc]
         if settings is None:
             super().append(message, delivery_tag)
             return
+        if not isinstance(message.delivery_info, dict):
+            message.delivery_info = {}  # whatever a producer put there; kombu and Celery expect a mapping
         item, own_tag = inbound[1], str(delivery_tag)
         tag = self.channel.dlx_next_tag()
         restored = self.channel.dlx_store.register(self.unacked_key, self.unacked_index_key, tag, item, queue, own_tag)
@@ -56,7 +60,7 @@ class QoS(stock.QoS):  # type: ignore[misc]
         delivery.own_tag, delivery.redelivered = own_tag, bool(restored) or flagged
         # A stock worker that put the message back flagged it and did not count.
         delivery.deliveries = max(restored, int(flagged)) + 1
-        if delivery.redelivered and isinstance(message.delivery_info, dict):
+        if delivery.redelivered:
             message.delivery_info["redelivered"] = True
         message.dlx = delivery
         message.delivery_tag = tag
@@ -91,17 +95,47 @@ class QoS(stock.QoS):  # type: ignore[misc]
         elif delivery.letter is None:
             self.ack(delivery_tag)
             return
-        elif self.channel.dlx_store.capture(
-            delivery.letter,
-            delivery.settings,
-            delivery=(self.unacked_key, self.unacked_index_key, delivery_tag),
-            own_tag=delivery.own_tag if delivery.redelivered else "",
-        ):
-            if delivery.on_stored is not None:
-                delivery.on_stored()
-        else:
-            logger.info("a dying message of %r was restored meanwhile: it will run again", delivery.queue)
+        elif not self._capture(delivery_tag, delivery, delivery.letter):
+            return
         virtual.QoS.ack(self, delivery_tag)
+
+    def _capture(self, tag: Any, delivery: RedisDelivery, letter: DeadLetter) -> bool:
+        """Move a delivery into its DLQ; whether it is settled. Connection errors are the caller's."""
+        try:
+            stored = self.channel.dlx_store.capture(
+                letter,
+                delivery.settings,
+                delivery=(self.unacked_key, self.unacked_index_key, tag),
+                own_tag=delivery.own_tag if delivery.redelivered else "",
+            )
+        except redis.exceptions.ResponseError as exc:
+            # It stays unacknowledged, and comes again.
+            logger.critical("Redis does not store letter %s of queue %r: %s", letter.id, letter.queue, exc)
+            return False
+        if not stored:
+            logger.info("a dying message of %r was restored meanwhile: it will run again", delivery.queue)
+        elif delivery.on_stored is not None:
+            delivery.on_stored()
+        return True
+
+    def renew(self) -> None:
+        """Tell Redis that the covered deliveries are still held, so that nobody restores them for their age.
+
+        Without this a task that runs or waits for its ETA longer than the visibility timeout is delivered again and
+        again, and would count as poison in the end.
+        """
+        held = [tag for tag in list(self._delivered) if tag not in self._dirty and self._covered(tag)]
+        if held and self.channel.dlx_store is not None:
+            self.channel.dlx_store.renew(self.unacked_index_key, held)
+
+    def restore_unacked(self, client: Any = None) -> None:
+        """At shutdown: every message for itself; one that cannot be restored comes after the visibility timeout."""
+        for tag in list(self._delivered):
+            try:
+                self.restore_by_tag(tag)
+            except Exception as exc:  # noqa: BLE001
+                logger.error("a message was not restored and comes after the visibility timeout: %s", exc)
+        self._delivered.clear()
 
     def restore_by_tag(self, tag: Any, client: Any = None, leftmost: bool = False) -> Any:
         name = bytes_to_str(tag)
@@ -113,9 +147,8 @@ class QoS(stock.QoS):  # type: ignore[misc]
             store.client.zrem(store.prefix + self.unacked_index_key, name)
             return False
         payload, _, queue = loads(bytes_to_str(entry))
-        priority = self.channel._get_message_priority(payload, reverse=False)
         own_tag = str((payload.get("properties") or {}).get("delivery_tag") or "")
-        list_key = self.channel._q_for_pri(queue, priority)
+        list_key = self.channel.dlx_list_key(queue, payload)
         return store.restore(self.unacked_key, self.unacked_index_key, name, queue, list_key, own_tag, leftmost)
 
 
@@ -131,6 +164,8 @@ class _RecordsReplies:
         return reply
 
 
+#: Lists and items of messages that Redis gave out and whose registration it did not take.
+_homeless: deque[tuple[str, bytes]] = deque()
 _recording_classes: dict[type, type] = {}
 
 
@@ -161,6 +196,7 @@ class ChannelMixin:
         """From now on, deliveries of this queue are ours."""
         if self.dlx_store is None:
             self.dlx_store = self.dlx_letter_store(policy)
+        self.dlx_rehome()
         self.dlx_queues[queue] = settings
         self.dlx_on_garbage = on_garbage
 
@@ -174,6 +210,21 @@ class ChannelMixin:
     def dlx_queue_of(self, key: str) -> str:
         """The queue of a list: priorities have lists of their own."""
         return key.rsplit(self.sep, 1)[0]  # type: ignore[attr-defined]
+
+    def dlx_list_key(self, queue: str, payload: Any) -> str:
+        """The list a message of a queue lies in: its priority's own; the default one's if that is no number."""
+        try:
+            priority = self._get_message_priority(payload, reverse=False)  # type: ignore[attr-defined]
+        except Exception:  # noqa: BLE001 - kombu does not expect `Infinity`
+            priority = self.default_priority  # type: ignore[attr-defined]
+        return str(self._q_for_pri(queue, priority))  # type: ignore[attr-defined]
+
+    def dlx_rehome(self) -> None:
+        """Push back what was taken from its list and could not be registered."""
+        while _homeless and self.dlx_store is not None:
+            key, item = _homeless[0]
+            self.dlx_store.client.rpush(self.dlx_store.prefix + key, item)
+            _homeless.popleft()
 
     def _create_client(self, asynchronous: bool = False) -> Any:
         client = super()._create_client(asynchronous)  # type: ignore[misc]
@@ -189,7 +240,11 @@ class ChannelMixin:
         except Exception as exc:
             # Still set: the item never became a delivery. kombu would end the worker, and the item is in no list any more.
             inbound: Any = self.dlx_inbound
-            if inbound is None or isinstance(exc, (redis.exceptions.RedisError, OSError)):
+            if inbound is None:
+                raise
+            if isinstance(exc, (redis.exceptions.RedisError, OSError)):
+                if self.dlx_queue_of(inbound[0]) in self.dlx_queues:
+                    _homeless.append(inbound)  # the only copy: it goes back over the next connection
                 raise
             queue = self.dlx_queue_of(inbound[0])
             if queue not in self.dlx_queues or self.dlx_on_garbage is None:

@@ -37,9 +37,10 @@ redis.call('HINCRBY', KEYS[4], 'captured', 1)
 redis.call('HINCRBY', KEYS[4], 'reason:' .. ARGV[3], 1)
 local total = redis.call('HINCRBY', KEYS[4], 'bytes', bytes)
 
+-- 0 - n, for -0 is "-0" in Lua, and no integer to Redis: an item may be empty.
 local function evict(ids, counter)
   for _, id in ipairs(ids) do
-    total = redis.call('HINCRBY', KEYS[4], 'bytes', -redis.call('HSTRLEN', KEYS[2], id))
+    total = redis.call('HINCRBY', KEYS[4], 'bytes', 0 - redis.call('HSTRLEN', KEYS[2], id))
     redis.call('ZREM', KEYS[1], id)
     redis.call('HDEL', KEYS[2], id)
     redis.call('HDEL', KEYS[3], id)
