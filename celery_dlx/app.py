@@ -108,7 +108,7 @@ class DeadLetters:
             PolicyError: it cannot be read, or everything that is wrong with it.
         """
         if self._policy is None:
-            path = self._given or self.app.conf.get("dlx_policy") or os.environ.get(POLICY_VARIABLE)
+            path = self._given or self._setting() or os.environ.get(POLICY_VARIABLE)
             if isinstance(path, Policy):
                 self._policy = path
             elif path:
@@ -118,6 +118,11 @@ class DeadLetters:
             else:
                 self._policy = Policy()
         return self._policy
+
+    def _setting(self) -> Any:
+        """`dlx_policy`, also from settings that came with a namespace (Django's `CELERY_DLX_POLICY`)."""
+        conf = self.app.conf
+        return conf.get("dlx_policy") or conf.get(POLICY_VARIABLE)
 
     # -- the letters
 

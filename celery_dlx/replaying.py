@@ -35,7 +35,7 @@ def revive_headers(letter: DeadLetter, now: datetime | None = None) -> tuple[dic
     if past(headers.get("expires"), now):
         changes.append(f"expires {headers['expires']} dropped: it is past")
         headers["expires"] = None
-    headers[HEADER] = {"replays": letter.replays + 1, "last": letter.id}
+    headers[HEADER] = {"replays": letter.replays + 1, "last": letter.id, "died_of": letter.reason}
     return headers, changes
 
 

@@ -163,7 +163,7 @@ def test_revived_headers():
     headers, changes = revive_headers(letter)
     assert headers["extra"] == [] and headers["expires"] is None and headers["retries"] == 0
     assert "x-death" not in headers and "x-delivery-count" not in headers
-    assert headers[HEADER] == {"replays": 1, "last": letter.id}
+    assert headers[HEADER] == {"replays": 1, "last": letter.id, "died_of": "failure"}
     assert changes == ["retries 2 → 0", "expires 2020-01-01T00:00:00+00:00 dropped: it is past"]
 
 

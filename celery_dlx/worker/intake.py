@@ -6,6 +6,8 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from celery import signals
+from celery.app.task import Context
 from celery.exceptions import NotRegistered
 from celery.worker import state
 from kombu.exceptions import ContentDisallowed
@@ -105,6 +107,8 @@ class Intake:
         limit = delivery.settings.max_deliveries
         if delivery.deliveries <= limit or not delivery.settings.captures(Reason.MAX_DELIVERIES.value):
             return False
+        if isinstance(message.headers, dict) and message.headers.get("id") in state.revoked:
+            return False  # revoked meanwhile: Celery's to say
         exc = PoisonMessageError(f"delivered {delivery.deliveries} times, max_deliveries is {limit}")
         logger.error("a message of %r is poison: %s", delivery.queue, exc)
         self._mark_as_failure(message, exc)
@@ -112,14 +116,21 @@ class Intake:
         return True
 
     def _mark_as_failure(self, message: Any, exc: Exception) -> None:
-        """Store the final state of a task that will not run again: nobody else does."""
-        task_id = message.headers.get("id") if isinstance(message.headers, dict) else None
+        """Store the final state of a task that will not run again, with its errbacks and its part of a chord."""
+        headers = message.headers if isinstance(message.headers, dict) else {}
+        task_id, app = headers.get("id"), self._consumer.app
         if not isinstance(task_id, str):
             return
         try:
-            self._consumer.app.backend.mark_as_failure(task_id, exc)
+            args, kwargs, embed = message.payload
+            context = Context({**headers, **(embed or {}), "args": args, "kwargs": kwargs})
+            app.backend.mark_as_failure(task_id, exc, request=context, store_result=not headers.get("ignore_result"))
+            task = app.tasks.get(headers.get("task"))
+            signals.task_failure.send(
+                sender=task, task_id=task_id, exception=exc, args=args, kwargs=kwargs, traceback=None, einfo=None
+            )
         except Exception:
-            logger.exception("the result backend does not take the state of %s", task_id)
+            logger.exception("the final state of task %s was not stored", task_id)
 
     @staticmethod
     def _release(message: Any) -> None:

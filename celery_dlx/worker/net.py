@@ -73,11 +73,17 @@ class Net:
             marshalled = (ack if stored else reject) if self.looping else None
             (marshalled or (lambda: self._direct(message, "ack" if stored else "reject")))()
 
+        def done(stored: bool) -> None:
+            if self._on_loop():
+                settle(stored)
+            else:
+                self._soon(lambda: settle(stored))
+
         alive = (lambda: _channel_open(message)) if owned else None
-        if self._on_loop():
-            self.capturer.capture(letter, alive, settle)
+        if self._on_loop() or not self.looping:
+            self.capturer.capture(letter, alive, done)
         else:
-            self._soon(lambda: self.capturer.capture(letter, alive, settle))
+            self._soon(lambda: self.capturer.capture(letter, alive, done))
 
     def _direct(self, message: Any, verb: str) -> None:
         if not message.acknowledged:
@@ -116,11 +122,12 @@ class Net:
         self.capturer.detach()
 
     def run_outcomes(self) -> None:
-        self._awake = False
         try:
             self._wake_read.recv(4096)
         except OSError:
             pass
+        # After reading: a byte sent in between would be read here, and nobody would send another.
+        self._awake = False
         while self._outcomes:
             self._run(self._outcomes.popleft())
 
@@ -135,7 +142,9 @@ class Net:
         self.unregister()
         self._thread = threading.get_ident()
         self.run_outcomes()
-        return self.capturer.flush(timeout)
+        left = self.capturer.flush(timeout)
+        self.run_outcomes()
+        return left
 
     # -- classic queues tell only that a message came again, not how often
 

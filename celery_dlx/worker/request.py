@@ -15,7 +15,7 @@ from celery.utils.log import get_logger
 from celery.worker import state
 
 from celery_dlx.brokers.base import Delivery, delivery_of
-from celery_dlx.letters import Death, Reason
+from celery_dlx.letters import HEADER, Death, Reason
 from celery_dlx.worker import compat
 from celery_dlx.worker.net import Net
 from celery_dlx.worker.outcome import (
@@ -194,13 +194,18 @@ class DeadLetterRequest:
             if held.acked:
                 delivery = delivery_of(self.message)
                 reason = Reason.EXPIRED.value if self._dlx_expired else Reason.REVOKED.value
-                if delivery is not None and delivery.settings.captures(reason):
+                if delivery is not None and (delivery.settings.captures(reason) or self._came_back_from_expiry()):
                     if self._dlx_expired:
                         # Celery notes an expired task as revoked; replayed to this worker it would be dropped for that.
                         state.revoked.discard(self.id)
                     self._bury(delivery, self._death(reason, delivery, None, None), owned=True)
                 else:
                     self.acknowledge()
+
+    def _came_back_from_expiry(self) -> bool:
+        """Replayed after it expired: other workers may still hold it for revoked, as Celery notes expired tasks."""
+        lineage = self.request_dict.get(HEADER)  # type: ignore[attr-defined]
+        return isinstance(lineage, dict) and lineage.get("died_of") == Reason.EXPIRED.value
 
     def _bury(self, delivery: Delivery, death: Death, *, owned: bool) -> None:
         self.acknowledged = True  # from here on it is ours to settle

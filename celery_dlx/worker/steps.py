@@ -17,7 +17,6 @@ from celery_dlx.brokers.base import Capturer
 from celery_dlx.brokers.cover import BrokerCover
 from celery_dlx.brokers.queues import identity
 from celery_dlx.brokers.rabbitmq.capture import RabbitMQCapturer
-from celery_dlx.brokers.rabbitmq.declare import uncovered
 from celery_dlx.brokers.redis.capture import RedisCapturer
 from celery_dlx.errors import DeadLetterError
 from celery_dlx.policy.settings import QueueSettings
@@ -92,12 +91,16 @@ class Capture(bootsteps.StartStopStep):  # type: ignore[misc]
         if net is None:
             return
         net.capturer.open()
+        if self._timer is not None:
+            # A loop that ended took its timers with it (5.6 all, 5.7 those added since): begin anew.
+            consumer.timer.cancel(self._timer)
+            self._timer = None
         channel = consumer.task_consumer.channel
         if hasattr(channel, "dlx_cover"):
             # The channel is new after each reconnect; the entry for the one before finds nothing to renew.
             every = max(float(channel.visibility_timeout) / 3, 0.2)
             consumer.timer.call_repeatedly(every, partial(_renew, ref(channel)))
-        if self._timer is None and net.capturer.stores_on_reject:
+        if net.capturer.stores_on_reject:
             self._timer = consumer.timer.call_repeatedly(_RETRY_EVERY, lambda: net.capturer.flush(0))
 
     def register_with_event_loop(self, consumer: Any, hub: Any) -> None:
@@ -184,7 +187,7 @@ def _declare_all(cover: BrokerCover, connection: Any, managed: dict[Any, QueueSe
                 cover.declarer.dead_letter_queue(connection.connection, identity(queue), settings)
         for queue, settings in managed.items():
             queue(connection.default_channel).declare()
-            if settings.enabled and not queue.exclusive and (why := uncovered(connection.connection, queue)):
+            if settings.enabled and not queue.exclusive and (why := cover.declarer.uncovered(connection.connection, queue)):
                 plain.append((identity(queue), why))
     except DeadLetterError:
         raise

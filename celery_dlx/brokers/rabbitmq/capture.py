@@ -30,6 +30,10 @@ logger = logging.getLogger("celery_dlx")
 _BACKOFF = (0.1, 0.5, 1.0, 2.0, 5.0)
 #: Between looks for letters that are overdue, in seconds.
 _LOOK_EVERY = 1.0
+#: A socket that takes no more is tried again after this, in seconds.
+_WRITE_AGAIN = 0.02
+#: Where waiting is allowed, a broker that does not read for this long, in seconds, is taken to be gone.
+_WRITE_TIMEOUT = 5.0
 #: With so many letters unconfirmed, the next ones may wait for company this long, in seconds. With fewer, a worker with a
 #: small prefetch may be waiting for its message to be settled.
 _BUSY, _LINGER = 2, 0.01
@@ -43,6 +47,7 @@ class RabbitMQCapturer:
     def __init__(self, connect: Callable[[], Any], policy: Policy, declarer: Declarer) -> None:
         """``connect`` returns an unconnected `kombu.Connection` to the broker the worker consumes from."""
         self._policy = policy
+        self._declarer = declarer
         self._courier = Courier(connect, policy, declarer)
         self._lock = threading.RLock()
         self._hub: Any = None
@@ -53,8 +58,7 @@ class RabbitMQCapturer:
         self._connecting = False
         self._closing = threading.Event()
         self._arrived = threading.Event()
-        self._greenlet: threading.Thread | None = None
-        self._failures = 0
+        self._server: threading.Thread | None = None
 
     def compose(self, delivery: Delivery, death: Death) -> DeadLetter:
         return compose(death, delivery.original(), self._policy.dlq(death.queue))
@@ -63,14 +67,15 @@ class RabbitMQCapturer:
         return bare_letter(death, delivery.original(), self._policy.dlq(death.queue))
 
     def capture(self, letter: DeadLetter, alive: Callable[[], bool] | None, done: Callable[[bool], None]) -> None:
-        self._courier.add(Pending(letter, alive, done))
+        self._courier.add(Pending(letter, alive, done, self._declarer.is_covered(letter.queue)))
         if self._hub is not None:
             self._schedule()
-        elif self._soon is None:
-            self._arrived.set()
-            if self._greenlet is None:
-                self._greenlet = threading.Thread(target=self._serve, name="celery-dlx-capture", daemon=True)
-                self._greenlet.start()
+            return
+        # No loop, now (the pool drains at shutdown; a reconnect) or ever (gevent, eventlet): somebody else must do it.
+        self._arrived.set()
+        if self._server is None or not self._server.is_alive():
+            self._server = threading.Thread(target=self._serve, name="celery-dlx-capture", daemon=True)
+            self._server.start()
 
     # -- on the event loop
 
@@ -79,12 +84,17 @@ class RabbitMQCapturer:
 
         Called again each time the loop starts anew, for a loop that ended has forgotten its readers.
         """
-        self._hub, self._soon, self._writing = hub, soon, False
-        if self._timer_entry is None:
+        self._soon = soon
+        self._hub = hub  # `_serve` sees it and leaves
+        with self._lock:
+            # Whatever was scheduled went with the loop that ended; 5.6 clears its timer, 5.7 cancels what was added.
+            self._writing = self._scheduled = False
+            if self._timer_entry is not None:
+                timer.cancel(self._timer_entry)
             self._timer_entry = timer.call_repeatedly(_LOOK_EVERY, self._look)
-        if self._courier.line is not None:
-            self._watch(self._courier.line)
-        self._schedule()
+            if self._courier.line is not None:
+                self._watch(self._courier.line)
+            self._schedule()
 
     def detach(self) -> None:
         """The loop is over, or about to start anew: letters wait for `attach` or `flush`."""
@@ -117,17 +127,18 @@ class RabbitMQCapturer:
         line = self._courier.line
         assert line is not None
         self._courier.publish()
-        if not self._writing and not line.pipeline.write_some():
-            self._writing = True
-            self._hub.add_writer(line.sock, self._on_writable)
+        if not self._writing:
+            self._write(line)
 
-    def _on_writable(self) -> None:
-        line = self._courier.line
-        if line is None:
-            return
-        if self._guarded(line.pipeline.write_some):
-            self._writing = False
-            self._hub.remove_writer(line.sock)
+    def _write(self, line: Line) -> None:
+        self._writing = not line.pipeline.write_some()
+        if self._writing:
+            # Not by the hub's writers: kombu keeps one registration per socket, and this one is the reader's.
+            self._hub.call_later(_WRITE_AGAIN, partial(self._write_more, line))
+
+    def _write_more(self, line: Line) -> None:
+        if line is self._courier.line and self._hub is not None:
+            self._guarded(partial(self._write, line))
 
     def _on_readable(self) -> None:
         line = self._courier.line
@@ -153,7 +164,7 @@ class RabbitMQCapturer:
         line = self._courier.line
         if line is not None and self._hub is not None:
             try:
-                self._hub.remove(line.sock)
+                self._hub.remove(line.sock.fileno())
             except Exception:
                 logger.debug("the capture connection was not watched", exc_info=True)
         self._writing = False
@@ -173,11 +184,11 @@ class RabbitMQCapturer:
 
     def _connect_until_done(self) -> None:
         """In a thread: connecting waits. The line is handed to the loop."""
-        while not self._closing.wait(_BACKOFF[min(self._failures, len(_BACKOFF) - 1)] if self._failures else 0):
+        while not self._closing.wait(self._backoff()):
             try:
                 line = self._courier.open_line()
             except Exception as exc:  # noqa: BLE001
-                self._failures += 1
+                self._courier.failures += 1
                 logger.error("dead letters wait for the broker: %s", reason_of(exc))
             else:
                 assert self._soon is not None
@@ -187,12 +198,13 @@ class RabbitMQCapturer:
 
     def _adopt(self, line: Line) -> None:
         self._connecting = False
-        self._failures = 0
         if self._courier.line is not None:
-            self._drop(ConnectionResetError("a new connection takes over"))
-        self._courier.use(line)
+            line.close()  # it was needed to declare something, or another one was faster
+        else:
+            self._courier.use(line)
+            if self._hub is not None:
+                self._watch(line)
         if self._hub is not None:
-            self._watch(line)
             self._schedule()
 
     # -- without one
@@ -207,28 +219,32 @@ class RabbitMQCapturer:
                     logger.warning("no connection for dead letters yet: %s", reason_of(exc))
 
     def _serve(self) -> None:
-        """A greenlet's life under gevent or eventlet."""
-        while not self._closing.is_set():
+        """In a thread (under gevent and eventlet, a greenlet) while there is no loop."""
+        while self._hub is None and not self._closing.is_set():
             if not self._courier.open_letters:
                 self._arrived.clear()
                 if not self._courier.open_letters:
                     self._arrived.wait(_LOOK_EVERY)
-                    continue
-            if not self._pump(_LOOK_EVERY):
-                self._closing.wait(_BACKOFF[min(self._failures, len(_BACKOFF) - 1)])
+            elif not self._pump(0.1):
+                self._closing.wait(self._backoff())
+
+    def _backoff(self) -> float:
+        failures = self._courier.failures
+        return _BACKOFF[min(failures, len(_BACKOFF)) - 1] if failures else 0.0
 
     def _pump(self, timeout: float) -> bool:
         """Publish what waits and take confirms, waiting at most ``timeout`` seconds for them; whether it worked."""
         with self._lock:
+            if self._hub is not None:
+                return True  # the loop took over
             courier = self._courier
             try:
-                if courier.line is None or courier.needs_new_line:
-                    line = courier.open_line()
-                    if courier.line is not None:
-                        courier.drop_line(ConnectionResetError("a new connection takes over"))
-                    courier.use(line)
+                if courier.line is None:
+                    courier.use(courier.open_line())
+                elif courier.needs_new_line:
+                    courier.open_line().close()  # having declared what was missing
                 assert courier.line is not None
-                courier.line.sock.settimeout(None)
+                courier.line.sock.settimeout(_WRITE_TIMEOUT)
                 courier.publish()
                 courier.line.pipeline.write()
                 with selectors.DefaultSelector() as selector:
@@ -236,10 +252,8 @@ class RabbitMQCapturer:
                     if selector.select(timeout):
                         courier.line.pipeline.read_some()
                 courier.expire()
-                self._failures = 0
                 return True
             except Exception as exc:  # noqa: BLE001 - the net must outlive every error
-                self._failures += 1
                 courier.drop_line(exc)
                 return False
 
@@ -247,10 +261,8 @@ class RabbitMQCapturer:
         """On the thread that ran the loop, now ended: publish and wait. Returns how many letters are not stored."""
         deadline = monotonic() + timeout
         while self._courier.open_letters and (left := deadline - monotonic()) > 0:
-            if self._greenlet is not None:
-                self._closing.wait(min(left, 0.05))
-            elif not self._pump(min(left, 0.5)):
-                self._closing.wait(min(left, _BACKOFF[min(self._failures, len(_BACKOFF) - 1)]))
+            if not self._pump(min(left, 0.5)):
+                self._closing.wait(min(left, self._backoff()))
         return self._courier.open_letters
 
     def close(self) -> None:

@@ -11,11 +11,12 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Any
 
-from amqp.exceptions import AccessRefused, AMQPError, NotFound
+from amqp.exceptions import ChannelError, NotFound
 
 from celery_dlx.brokers.rabbitmq.declare import Declarer
 from celery_dlx.brokers.rabbitmq.letters import at_rest, bare
 from celery_dlx.brokers.rabbitmq.pipeline import REFUSED, RETURNED, STORED, ConfirmPipeline, HeadersTooLargeError
+from celery_dlx.errors import TopologyError
 from celery_dlx.letters import DeadLetter
 from celery_dlx.policy.settings import Policy
 
@@ -28,14 +29,20 @@ MAX_REFUSALS = 3
 
 
 class Pending:
-    """One letter on its way to its DLQ. See `celery_dlx.brokers.base.Capturer.capture` for ``alive`` and ``done``."""
+    """One letter on its way to its DLQ. See `celery_dlx.brokers.base.Capturer.capture` for ``alive`` and ``done``.
 
-    __slots__ = ("alive", "done", "key", "letter", "refusals", "sent", "since")
+    ``fallback``: if all else fails the original may be rejected, for its queue dead-letters by itself.
+    """
 
-    def __init__(self, letter: DeadLetter, alive: Callable[[], bool] | None, done: Callable[[bool], None]) -> None:
+    __slots__ = ("alive", "done", "fallback", "key", "letter", "refusals", "sent", "since")
+
+    def __init__(
+        self, letter: DeadLetter, alive: Callable[[], bool] | None, done: Callable[[bool], None], fallback: bool
+    ) -> None:
         self.letter = letter
         self.alive = alive
         self.done = done
+        self.fallback = fallback and alive is not None
         self.key = letter.id
         self.refusals = 0
         self.since = self.sent = monotonic()
@@ -46,7 +53,7 @@ class Line:
 
     def __init__(self, connection: Any, on_outcome: Callable[[Pending, str], None]) -> None:
         self.connection = connection
-        self.pipeline = ConfirmPipeline(connection.channel(), on_outcome)
+        self.pipeline = ConfirmPipeline(connection.connection, on_outcome)
         self.sock = connection.connection.sock
         self.user: str | None = connection.userid
         self.frame_max: int = connection.connection.frame_max
@@ -67,6 +74,8 @@ class Courier:
         self._declarer = declarer
         self._waiting: deque[Pending] = deque()
         self.line: Line | None = None
+        #: Attempts in a row after which nothing was stored.
+        self.failures = 0
         #: Queues whose dead-letter topology must be declared again before the next line is used.
         self._suspect: set[str] = set()
 
@@ -100,37 +109,34 @@ class Courier:
     def drop_line(self, exc: BaseException) -> None:
         """The line is broken: what it had not confirmed goes again, over the next one, under the same id."""
         line, self.line = self.line, None
+        self.failures += 1
         logger.error("dead letters cannot be published, trying again: %s", reason_of(exc))
         if line is None:
             return
         self._waiting.extend(line.pipeline.waiting())
         line.close()
-        if isinstance(exc, (AccessRefused, NotFound)):
-            # The broker closed the channel: no such exchange, or no permission to publish to it.
+        if isinstance(exc, ChannelError):
+            # The broker closed the channel: no such exchange, no permission to publish to it, or one bad letter.
             for pending in self._waiting:
                 pending.refusals += 1
+                # No exchange: the broker's net would lose the original just the same.
+                pending.fallback = pending.fallback and not isinstance(exc, NotFound)
                 self._suspect.add(pending.letter.queue)
 
     def publish(self) -> None:
-        """Encode all that waits onto the line.
-
-        Raises:
-            Exception: the line is broken.
-        """
+        """Encode all that waits onto the line; nothing is written yet."""
         assert self.line is not None
+        now = monotonic()
         while self._waiting:
             pending = self._waiting.popleft()
-            if pending.alive is not None and (pending.refusals >= MAX_REFUSALS or not pending.alive()):
-                # Refused too often: the broker's net takes the original. Or the channel of the original is gone: it
-                # is delivered again, and lives or dies there.
+            if pending.alive is not None and not pending.alive():
+                # The channel of the original is gone: it is delivered again, and lives or dies there.
                 self._finish(pending, False)
-                continue
-            try:
-                pending.sent = monotonic()
+            elif pending.fallback and (pending.refusals >= MAX_REFUSALS or now - pending.since > GIVE_UP_AFTER):
+                self._finish(pending, False)  # the broker's net takes the original
+            else:
+                pending.sent = now
                 self._encode(self.line, pending)
-            except (AMQPError, OSError):
-                self._waiting.appendleft(pending)
-                raise
 
     def expire(self) -> None:
         """Give up on letters whose original the broker can still take; the others have no second copy.
@@ -143,7 +149,7 @@ class Courier:
             raise TimeoutError(f"no confirm for {GIVE_UP_AFTER:.0f}s; is the broker under a memory or disk alarm?")
         for _ in range(len(self._waiting)):
             pending = self._waiting.popleft()
-            if pending.alive is not None and now - pending.since > GIVE_UP_AFTER:
+            if pending.fallback and now - pending.since > GIVE_UP_AFTER:
                 self._finish(pending, False)
             else:
                 self._waiting.append(pending)
@@ -156,23 +162,20 @@ class Courier:
             except HeadersTooLargeError:
                 line.pipeline.publish(pending, at_rest(letter, line.user, line.frame_max), exchange, letter.queue)
             return
-        except (AMQPError, OSError):
-            raise
         except Exception as exc:  # noqa: BLE001 - this letter cannot be encoded; the next one can
             logger.error("letter %s of queue %r cannot be annotated: %s", pending.key, letter.queue, reason_of(exc))
-        if pending.alive is not None:
+        if pending.fallback:
             self._finish(pending, False)  # the broker's net takes the original as it is
             return
         try:
             line.pipeline.publish(pending, bare(letter), exchange, letter.queue)
-        except (AMQPError, OSError):
-            raise
         except Exception as exc:  # noqa: BLE001
-            logger.critical("letter %s of queue %r is lost: %s", pending.key, letter.queue, reason_of(exc))
-            self._finish(pending, False)
+            # An original that is not settled yet stays so, and comes again; one that was acknowledged early has no copy.
+            logger.critical("letter %s of queue %r cannot be encoded: %s", pending.key, letter.queue, reason_of(exc))
 
     def _on_outcome(self, pending: Pending, outcome: str) -> None:
         if outcome == STORED:
+            self.failures = 0
             self._finish(pending, True)
             return
         pending.refusals += 1
@@ -181,7 +184,8 @@ class Courier:
             # Nothing was bound: someone deleted the DLQ or its binding. Declaring waits for answers, so the next line
             # does it before it is used.
             self._suspect.add(pending.letter.queue)
-        if pending.refusals == MAX_REFUSALS and outcome == REFUSED and pending.alive is None:
+            pending.fallback = False  # by the broker's net the original would go nowhere just the same
+        if pending.refusals == MAX_REFUSALS and outcome == REFUSED and not pending.fallback:
             logger.critical(
                 "DLQ %r refuses letters; the broker's log says why. Trying until it does not", pending.letter.dlq
             )
@@ -198,10 +202,8 @@ class Courier:
             if settings is not None:
                 self._declarer.dead_letter_queue(connection.connection, queue, settings)
             self._suspect.discard(queue)
-        except (AMQPError, OSError):
-            raise
-        except Exception as exc:  # noqa: BLE001 - not permitted: the publish is tried in any case
-            logger.error("%s", reason_of(exc))
+        except (TopologyError, ChannelError) as exc:
+            logger.error("%s", reason_of(exc))  # not permitted: the publish is tried in any case
             self._suspect.discard(queue)
 
     @staticmethod

@@ -8,7 +8,7 @@ from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import kombu
-from amqp.exceptions import AccessRefused, NotFound, PreconditionFailed
+from amqp.exceptions import AccessRefused, ChannelError, NotFound, PreconditionFailed
 
 from celery_dlx.brokers.queues import identity
 from celery_dlx.errors import TopologyError
@@ -58,6 +58,9 @@ class Declarer:
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
+        #: Queues that dead-letter by themselves, as far as is known: those we created, or found just as we would.
+        self._covered: set[str] = set()
+        self._warned: set[str] = set()
         self._known: WeakKeyDictionary[Any, tuple[set[str], SideChannel]] = WeakKeyDictionary()
 
     def _state(self, connection: Any) -> tuple[set[str], SideChannel]:
@@ -71,7 +74,13 @@ class Declarer:
         name, settings = identity(queue), self._policy.settings(identity(queue))
         connection = channel.connection
         if settings is not None and settings.enabled:
-            self.dead_letter_queue(connection, name, settings)
+            try:
+                self.dead_letter_queue(connection, name, settings)
+            except (TopologyError, ChannelError) as exc:
+                # A worker looks first, and does not start. A producer must be able to send what it could send before.
+                if name not in self._warned:
+                    self._warned.add(name)
+                    logger.warning("no dead-letter queue for %r: %s", name, _text(exc))
         if queue.exclusive or not queue.name:
             return plainly()  # ours alone by definition: nobody else can have declared it differently
         _, side = self._state(connection)
@@ -80,6 +89,7 @@ class Declarer:
             try:
                 # On the side channel too: should another process win the race, only that one is closed.
                 live = queue(side.channel).queue_declare_here()
+                self._covered.add(name)
             except PreconditionFailed:
                 live = side.live_queue(queue.name)
                 if live is None:  # not a race: the broker dislikes the arguments themselves
@@ -108,9 +118,21 @@ class Declarer:
         self._bind(side, dlq, queue, live)
         done.add(queue)
 
-    def forget(self, connection: Any) -> None:
-        """Declare everything again when next asked: something we relied on has vanished."""
-        self._known.pop(connection, None)
+    def is_covered(self, queue: str) -> bool:
+        """Whether a message of this queue that is rejected goes to the DLQ."""
+        return queue in self._covered and self._policy.via == "arguments"
+
+    def uncovered(self, connection: Any, queue: kombu.Queue) -> str | None:
+        """Why a live queue does not have the arguments we would give it; ``None`` if it has them, or nobody can tell."""
+        with SideChannel(connection) as side:
+            try:
+                queue(side.channel).queue_declare_here()
+            except PreconditionFailed as exc:
+                return _text(exc)
+            except AccessRefused:
+                return None
+        self._covered.add(identity(queue))
+        return None
 
     def _exchange(self, side: SideChannel) -> None:
         exchange = self._policy.exchange
@@ -154,15 +176,3 @@ class Declarer:
 def _text(exc: Exception) -> str:
     """The broker's own sentence out of an AMQP error."""
     return str(getattr(exc, "reply_text", None) or exc)
-
-
-def uncovered(connection: Any, queue: kombu.Queue) -> str | None:
-    """Why a live queue does not have the arguments we would give it; ``None`` if it has them."""
-    with SideChannel(connection) as side:
-        try:
-            queue(side.channel).queue_declare_here()
-        except PreconditionFailed as exc:
-            return _text(exc)
-        except AccessRefused:
-            return None  # may not declare, so cannot tell
-    return None

@@ -12,6 +12,7 @@ import amqp
 from amqp.method_framing import frame_writer
 from amqp.serialization import dumps
 from amqp.spec import Basic
+from kombu.transport.pyamqp import Channel
 
 #: Written at once at most, in bytes.
 _BATCH_BYTES = 262_144
@@ -34,6 +35,16 @@ class _Buffer:
         self.data += frame
 
 
+class PublishChannel(Channel):  # type: ignore[misc]
+    """A channel that stays closed when the broker closes it, so that the broker's reason is seen.
+
+    py-amqp's own opens itself again first, which waits for an answer and forgets the confirm mode.
+    """
+
+    def _do_revive(self) -> None:
+        self.is_open = False
+
+
 class ConfirmPipeline:
     """A channel in confirm mode. Used by one thread at a time; the socket blocks while the broker does not read.
 
@@ -41,9 +52,12 @@ class ConfirmPipeline:
     writes whole batches and reads confirms when there are some.
     """
 
-    def __init__(self, channel: Any, on_outcome: Callable[[Any, str], None]) -> None:
+    def __init__(self, connection: Any, on_outcome: Callable[[Any, str], None]) -> None:
+        """``connection`` is an open `amqp.Connection`."""
+        channel = PublishChannel(connection)
+        channel.open()
         self._channel = channel
-        self._connection = channel.connection
+        self._connection = connection
         self._on_outcome = on_outcome
         self._buffer = _Buffer()
         self._write_frame = frame_writer(self._connection, self._buffer)
@@ -116,7 +130,9 @@ class ConfirmPipeline:
         """Take what has arrived, without waiting; ``once``: the next frame only, for a caller that is told of more."""
         try:
             self._connection.drain_events(timeout=0)
-            while not once:
+            # What TLS has decrypted already does not make the socket readable again.
+            pending = getattr(self._connection.sock, "pending", lambda: 0)
+            while not once or pending():
                 self._connection.drain_events(timeout=0)
         except (TimeoutError, BlockingIOError, ssl.SSLWantReadError):
             pass

@@ -167,7 +167,7 @@ class RabbitMQBroker:
             token.outcome = outcome
             done.append(token)
 
-        pipeline = ConfirmPipeline(publishing.channel(), on_outcome)
+        pipeline = ConfirmPipeline(publishing.connection, on_outcome)
         failed: list[_InFlight] = []
         user, taken = publishing.userid, 0
         for raw in reader:
