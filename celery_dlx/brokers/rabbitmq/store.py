@@ -112,7 +112,14 @@ class RabbitMQBroker:
         self._open: Any = None
 
     def _connection(self) -> Any:
-        if self._open is None or not self._open.connected:
+        if self._open is not None:
+            try:
+                # A long-lived process may ask again after the broker was restarted: only an answer tells.
+                self._open.channel().close()
+            except Exception:  # noqa: BLE001 - whatever it is, a new connection settles it
+                self._open.collect()
+                self._open = None
+        if self._open is None:
             connection = self._connect()
             try:
                 connection.connect()
