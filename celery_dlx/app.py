@@ -170,7 +170,7 @@ class DeadLetters:
         `celery_dlx.selection.match`. A letter from Redis has no body here; `get` has.
         """
         matches = selection.match(**filters)
-        found = (letter for name in self._queues(queue) for letter in self.broker.browse(name) if matches(letter))
+        found = (letter for name in self._queues(queue) for letter in self.broker.browse(name, matches, limit))
         return islice(found, limit)
 
     def get(self, letter_id: str, queue: str | None = None) -> DeadLetter:

@@ -107,8 +107,8 @@ class Broker(Protocol):
     def queues(self) -> list[str]:
         """Source queues that have a DLQ here, sorted."""
 
-    def browse(self, queue: str) -> Iterator[DeadLetter]:
-        """The letters of a queue's DLQ, oldest first, without removing or changing any."""
+    def browse(self, queue: str, match: Match | None = None, limit: int | None = None) -> Iterator[DeadLetter]:
+        """The (matching) letters of a queue's DLQ, oldest first, without removing or changing any."""
 
     def get(self, queue: str, letter_id: str) -> DeadLetter | None:
         """One letter with its message; ``None`` if the queue's DLQ does not hold it."""

@@ -33,7 +33,7 @@ _WRITE_BYTES = 262_144
 #: Without a delivery for this long, in seconds, what the queue counted at the start is taken to be gone or held.
 _QUIET = 5.0
 #: Waiting for a queue to count what was settled, in seconds.
-_SETTLE = 1.0
+_SETTLE = 5.0
 #: Waiting for confirms, in seconds.
 _CONFIRM_TIMEOUT = 30.0
 
@@ -45,6 +45,7 @@ class _Reader:
         self._connection = connection.connection
         self._dlq = dlq
         self._acknowledged = 0
+        self.take: int | None = None
         self.depth = 0
         self._buffer: deque[Any] = deque()
         self.channel = connection.channel()
@@ -57,7 +58,7 @@ class _Reader:
             self._dlq = ""
 
     def __iter__(self) -> Iterator[Any]:
-        left = self.depth
+        left = self.depth if self.take is None else self.take
         while left and (raw := self._next()) is not None:
             left -= 1
             yield raw
@@ -89,7 +90,11 @@ class _Reader:
         expected = self.depth - self._acknowledged
         deadline = monotonic() + _SETTLE
         with SideChannel(self._connection) as side:
-            while (live := side.live_queue(self._dlq)) and live.message_count != expected and monotonic() < deadline:
+            while (live := side.live_queue(self._dlq)) and monotonic() < deadline:
+                count = live.message_count
+                # Others may add or take letters meanwhile: only our own part is waited for.
+                if count <= expected if self._acknowledged else count >= expected:
+                    return
                 sleep(0.01)
 
 
@@ -138,20 +143,31 @@ class RabbitMQBroker:
         with SideChannel(connection.connection) as side:
             return sorted({queue for queue in self._known() if side.live_queue(self._policy.dlq(queue)) is not None})
 
-    def browse(self, queue: str) -> Iterator[DeadLetter]:
+    def browse(self, queue: str, match: Match | None = None, limit: int | None = None) -> Iterator[DeadLetter]:
+        # All are taken and put back before the first is given out: whoever acts on a letter while going through them
+        # must find it in its DLQ.
+        return iter(self._browse(queue, match, limit))
+
+    def _browse(self, queue: str, match: Match | None, limit: int | None) -> list[DeadLetter]:
         dlq = self._policy.dlq(queue)
         reader = _Reader(self._connection(), dlq, BROWSE_LIMIT)
         if reader.depth > BROWSE_LIMIT:
             logger.warning("%s holds %d letters; only the oldest %d are looked at", dlq, reader.depth, BROWSE_LIMIT)
-            reader.depth = BROWSE_LIMIT
+            reader.take = BROWSE_LIMIT
+        found: list[DeadLetter] = []
         try:
             for raw in reader:
-                yield letter_of(raw, queue, dlq)
+                letter = letter_of(raw, queue, dlq)
+                if match is None or match(letter):
+                    found.append(letter)
+                    if limit is not None and len(found) >= limit:
+                        break
         finally:
             reader.close()
+        return found
 
     def get(self, queue: str, letter_id: str) -> DeadLetter | None:
-        return next((letter for letter in self.browse(queue) if letter.id == letter_id), None)
+        return next(self.browse(queue, lambda letter: letter.id == letter_id, 1), None)
 
     def replay(self, queue: str, match: Match, limit: int | None = None) -> Iterator[Replayed]:
         dlq = self._policy.dlq(queue)

@@ -52,10 +52,13 @@ class RedisBroker:
     def queues(self) -> list[str]:
         return self._store.announced()
 
-    def browse(self, queue: str) -> Iterator[DeadLetter]:
+    def browse(self, queue: str, match: Match | None = None, limit: int | None = None) -> Iterator[DeadLetter]:
         dlq = self._policy.dlq(queue)
-        for letter_id, score, record, _ in self._store.pages(queue, bodies=False):
-            yield self._named(letter_of(record, None, score, dlq), letter_id, queue)
+        letters = (
+            self._named(letter_of(record, None, score, dlq), letter_id, queue)
+            for letter_id, score, record, _ in self._store.pages(queue, bodies=False)
+        )
+        return islice((letter for letter in letters if match is None or match(letter)), limit)
 
     def get(self, queue: str, letter_id: str) -> DeadLetter | None:
         """One letter with its message, without a scan."""
