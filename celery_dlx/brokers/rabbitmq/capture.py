@@ -34,9 +34,8 @@ _LOOK_EVERY = 1.0
 _WRITE_AGAIN = 0.02
 #: Where waiting is allowed, a broker that does not read for this long, in seconds, is taken to be gone.
 _WRITE_TIMEOUT = 5.0
-#: With so many letters unconfirmed, the next ones may wait for company this long, in seconds. With fewer, a worker with a
-#: small prefetch may be waiting for its message to be settled.
-_BUSY, _LINGER = 2, 0.01
+#: How long a letter may wait for company, in seconds; and with how many unconfirmed others one may whose original waits.
+_LINGER, _BUSY = 0.02, 2
 
 
 class RabbitMQCapturer:
@@ -69,7 +68,7 @@ class RabbitMQCapturer:
     def capture(self, letter: DeadLetter, alive: Callable[[], bool] | None, done: Callable[[bool], None]) -> None:
         self._courier.add(Pending(letter, alive, done, self._declarer.is_covered(letter.queue)))
         if self._hub is not None:
-            self._schedule()
+            self._schedule(waited_for=alive is not None)
             return
         # No loop, now (the pool drains at shutdown; a reconnect) or ever (gevent, eventlet): somebody else must do it.
         self._arrived.set()
@@ -100,16 +99,19 @@ class RabbitMQCapturer:
         """The loop is over, or about to start anew: letters wait for `attach` or `flush`."""
         self._hub = None
 
-    def _schedule(self) -> None:
-        """Publish in the next turn of the loop; while others are on their way, a little later, all at once.
+    def _schedule(self, *, waited_for: bool = False) -> None:
+        """Publish a little later, with what comes until then.
 
         Letters that share a system call, a frame of confirms and a turn of the loop cost a third less.
+        ``waited_for``: an original waits to be settled, and with a small prefetch the worker for it.
         """
         if not self._scheduled:
             self._scheduled = True
             line = self._courier.line
-            if line is not None and line.pipeline.unconfirmed >= _BUSY:
+            if not waited_for:
                 self._hub.call_later(_LINGER, self._turn)
+            elif line is not None and line.pipeline.unconfirmed >= _BUSY:
+                self._hub.call_later(_LINGER / 4, self._turn)
             else:
                 self._hub.call_soon(self._turn)
 

@@ -6,6 +6,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
+from itertools import islice
 from time import monotonic, time
 from typing import Any
 
@@ -17,6 +18,9 @@ from celery_dlx.letters import DeadLetter, Death, Original, Reason, bare_letter,
 from celery_dlx.policy.settings import Policy
 
 logger = logging.getLogger("celery_dlx")
+
+#: How long a letter may wait for company, in seconds, and how many share a round trip at most.
+_LINGER, _BATCH = 0.02, 100
 
 
 class RedisCapturer:
@@ -30,6 +34,8 @@ class RedisCapturer:
         self._worker = worker
         self._lock = threading.Lock()
         self._pending: deque[tuple[DeadLetter, bytes, Callable[[bool], None]]] = deque()
+        self._hub: Any = None
+        self._scheduled = False
         self._connection: Any = None
         self._store: LetterStore | None = None
 
@@ -41,7 +47,12 @@ class RedisCapturer:
 
     def capture(self, letter: DeadLetter, alive: Callable[[], bool] | None, done: Callable[[bool], None]) -> None:
         self._pending.append((letter, letter.original.raw, done))
-        self.flush(0)
+        if self._hub is None:
+            self.flush(0)
+        elif not self._scheduled:
+            # A little later, with what comes until then: a round trip for many costs as much as for one.
+            self._scheduled = True
+            self._hub.call_later(_LINGER, self._turn)
 
     def garbage(self, queue: str, item: bytes, exc: Exception) -> None:
         """A list item that is no message."""
@@ -71,10 +82,17 @@ class RedisCapturer:
         self.flush(0)
 
     def attach(self, hub: Any, timer: Any, soon: Callable[[Callable[[], None]], None]) -> None:
-        """Nothing to attach: a letter is one short call, like kombu's own acknowledgement."""
+        """The loop is running: letters may share a round trip."""
+        self._hub, self._scheduled = hub, False
 
     def detach(self) -> None:
-        """Nothing was attached."""
+        """The loop ended, and with it what was scheduled."""
+        self._hub = None
+        self.flush(0)
+
+    def _turn(self) -> None:
+        self._scheduled = False
+        self.flush(0)
 
     def flush(self, timeout: float) -> int:
         """Try once, and until ``timeout`` seconds are over; returns how many letters still wait."""
@@ -96,11 +114,19 @@ class RedisCapturer:
 
     def _store_pending(self) -> bool:
         while self._pending:
-            letter, item, done = self._pending[0]
-            settings = self._policy.settings(letter.queue)
+            batch = list(islice(self._pending, _BATCH))
+            known = [
+                (letter, settings, item)
+                for letter, item, _ in batch
+                if (settings := self._policy.settings(letter.queue)) is not None
+            ]
             try:
-                if settings is not None:
-                    self._letter_store().capture(letter, settings, item=item)
+                store = self._letter_store()
+                if len(known) == 1:
+                    letter, settings, item = known[0]
+                    store.capture(letter, settings, item=item)
+                elif known:
+                    store.capture_items(known)
             except (redis.exceptions.RedisError, OSError) as exc:
                 logger.error("%d dead letters wait to be stored: %s", len(self._pending), exc)
                 if not isinstance(exc, redis.exceptions.ResponseError):
@@ -110,11 +136,12 @@ class RedisCapturer:
                 logger.error("%d dead letters wait for Redis: %s", len(self._pending), exc)
                 self.close()
                 return False
-            self._pending.popleft()
-            try:
-                done(True)
-            except Exception:
-                logger.exception("a receiver of letter %s failed", letter.id)
+            for letter, _, done in batch:
+                self._pending.popleft()
+                try:
+                    done(True)
+                except Exception:
+                    logger.exception("a receiver of letter %s failed", letter.id)
         return True
 
     def _letter_store(self) -> LetterStore:

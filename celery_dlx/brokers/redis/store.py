@@ -110,6 +110,23 @@ class LetterStore:
             letter.exception = {key: clip(value, _SLIM_TRACEBACK, keep="tail") for key, value in letter.exception.items()}
         return run(to_json(letter), "1")
 
+    def capture_items(self, letters: Sequence[tuple[DeadLetter, QueueSettings, bytes]]) -> None:
+        """Store letters whose items are given, in one round trip; each by a script of its own, as `capture` does.
+
+        Raises:
+            redis.exceptions.RedisError: at least the first was not stored. All may be tried again: the ids are the same.
+        """
+        pipe = self.client.pipeline(transaction=False)
+        for letter, settings, item in letters:
+            keys = [*self.keys(letter.queue)[:4], self.prefix, self.prefix, self.keys(letter.queue)[4]]
+            caps = [settings.dlq_max_length, int(settings.dlq_max_age * 1000), settings.dlq_max_bytes or 0]
+            args = [letter.id, to_json(letter), letter.reason, *caps, "", "", "", item]
+            self._scripts["capture"](keys=keys, args=args, client=pipe)
+        answers = pipe.execute(raise_on_error=False)
+        for (letter, settings, item), answer in zip(letters, answers, strict=True):
+            if isinstance(answer, Exception):
+                self.capture(letter, settings, item=item)  # by itself: it may have to be forced
+
     def pages(self, queue: str, *, bodies: bool) -> Iterator[tuple[str, float, bytes | None, bytes | None]]:
         """Id, score, record and (if asked for) payload of each letter, oldest first.
 
