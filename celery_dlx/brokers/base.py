@@ -48,6 +48,8 @@ class Capturer(Protocol):
 
     #: Rejecting the original stores the letter (Redis): one atomic move.
     stores_on_reject: bool
+    #: Tasks run on the event loop itself (the solo pool) and hold it up: letters must not wait for company.
+    eager: bool
 
     def compose(self, delivery: Delivery, death: Death) -> DeadLetter: ...
 

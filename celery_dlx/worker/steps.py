@@ -79,6 +79,7 @@ class Capture(bootsteps.StartStopStep):  # type: ignore[misc]
         if capturer is None:
             logger.warning("no dead letters: the broker is neither RabbitMQ nor Redis")
             return
+        capturer.eager = type(consumer.pool).__module__.endswith(".solo")
         service = cover.policy.service
         self.net = Net(consumer, capturer)
         if isinstance(capturer, RedisCapturer):

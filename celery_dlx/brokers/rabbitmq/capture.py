@@ -42,6 +42,7 @@ class RabbitMQCapturer:
     """See `celery_dlx.brokers.base.Capturer`."""
 
     stores_on_reject = False
+    eager = False
 
     def __init__(self, connect: Callable[[], Any], policy: Policy, declarer: Declarer) -> None:
         """``connect`` returns an unconnected `kombu.Connection` to the broker the worker consumes from."""
@@ -108,7 +109,9 @@ class RabbitMQCapturer:
         if not self._scheduled:
             self._scheduled = True
             line = self._courier.line
-            if not waited_for:
+            if self.eager:
+                self._hub.call_soon(self._turn)
+            elif not waited_for:
                 self._hub.call_later(_LINGER, self._turn)
             elif line is not None and line.pipeline.unconfirmed >= _BUSY:
                 self._hub.call_later(_LINGER / 4, self._turn)

@@ -27,6 +27,7 @@ class RedisCapturer:
     """See `celery_dlx.brokers.base.Capturer`. A letter that Redis does not take now waits for the next `flush`."""
 
     stores_on_reject = True
+    eager = False
 
     def __init__(self, connect: Callable[[], Any], policy: Policy, worker: str | None = None) -> None:
         self._connect = connect
@@ -47,7 +48,7 @@ class RedisCapturer:
 
     def capture(self, letter: DeadLetter, alive: Callable[[], bool] | None, done: Callable[[bool], None]) -> None:
         self._pending.append((letter, letter.original.raw, done))
-        if self._hub is None:
+        if self._hub is None or self.eager:
             self.flush(0)
         elif not self._scheduled:
             # A little later, with what comes until then: a round trip for many costs as much as for one.
@@ -72,6 +73,7 @@ class RedisCapturer:
         letter = compose(death, Original(body=item, raw=item), self._policy.dlq(queue))
         logger.error("an item of %r is no message: kept as dead letter %s: %s", queue, letter.id, exc)
         self.capture(letter, None, lambda stored: None)
+        self.flush(0)  # its item is in no list any more
 
     def open(self) -> None:
         """Connect, and store what waited for it."""
