@@ -27,7 +27,9 @@ redis.call('HSET', KEYS[2], ARGV[1], payload)
 redis.call('HSET', KEYS[3], ARGV[1], ARGV[2])
 local now = redis.call('TIME')
 local ms = now[1] * 1000 + math.floor(now[2] / 1000)
-redis.call('ZADD', KEYS[1], ms, ARGV[1])
+-- Milliseconds with their fraction, as text (Lua's own numbers lose digits on the way): letters of one millisecond keep
+-- their order.
+redis.call('ZADD', KEYS[1], string.format('%d.%03d', ms, now[2] % 1000), ARGV[1])
 if ARGV[8] ~= '' then
   redis.call('HDEL', KEYS[5], ARGV[8])
   redis.call('ZREM', KEYS[6], ARGV[8])
