@@ -32,7 +32,6 @@ from celery_dlx.signals import dead_letter_replayed
 POLICY_VARIABLE = "CELERY_DLX_POLICY"
 #: Bootsteps by name: imported by workers only.
 TOPOLOGY, CAPTURE = "celery_dlx.worker.steps:Topology", "celery_dlx.worker.steps:Capture"
-MANAGEMENT_VARIABLE = "CELERY_DLX_MANAGEMENT_URL"
 
 
 _installed: WeakKeyDictionary[Any, DeadLetters] = WeakKeyDictionary()

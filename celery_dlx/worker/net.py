@@ -66,7 +66,7 @@ class Net:
         def settle(stored: bool) -> None:
             if stored:
                 self._announce(letter, task)
-            elif owned:
+            elif owned and _channel_open(message):
                 logger.error("letter %s goes to %r by the broker, without its annotations", letter.id, letter.dlq)
             if not owned or not _channel_open(message):
                 return

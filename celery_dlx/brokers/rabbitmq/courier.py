@@ -179,6 +179,7 @@ class Courier:
             self._finish(pending, True)
             return
         pending.refusals += 1
+        self.failures += 1  # what cannot be declared must not be tried without a pause
         logger.warning("letter %s of queue %r was %s by the broker", pending.key, pending.letter.queue, outcome)
         if outcome == RETURNED:
             # Nothing was bound: someone deleted the DLQ or its binding. Declaring waits for answers, so the next line
