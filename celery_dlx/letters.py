@@ -315,6 +315,8 @@ def clip(text: str, limit: int, *, keep: str = "head") -> str:
 
 def safe_text(value: object, limit: int = MAX_MESSAGE) -> str:
     """``str(value)`` that cannot fail, at most ``limit`` characters; lone surrogates are replaced."""
+    if type(value) is str and len(value) <= limit and value.isascii():
+        return value  # nearly all are
     try:
         text = str(value)
     except BaseException as exc:  # noqa: BLE001 - a failing __str__ may raise anything at all

@@ -26,6 +26,8 @@ class Net:
         self._consumer = consumer
         self.capturer = capturer
         self._outcomes: deque[Callable[[], None]] = deque()
+        self._letters: deque[Callable[[], None]] = deque()
+        self._letters_scheduled = False
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_read.setblocking(False)
         self._wake_write.setblocking(False)
@@ -52,38 +54,46 @@ class Net:
         if delivery.settled:
             return
         delivery.settled = True
-        try:
-            letter = self.capturer.compose(delivery, death)
-        except Exception:
-            logger.exception("a letter of queue %r is stored without its details", delivery.queue)
-            letter = self.capturer.compose_bare(delivery, death)
         if owned and self.capturer.stores_on_reject:
-            delivery.letter = letter
+            delivery.letter = letter = self._compose(delivery, death)
             delivery.on_stored = lambda: self._announce(letter, task)
             (reject or (lambda: self._direct(message, "reject")))()
             return
 
-        def settle(stored: bool) -> None:
-            if stored:
-                self._announce(letter, task)
-            elif owned and _channel_open(message):
-                logger.error("letter %s goes to %r by the broker, without its annotations", letter.id, letter.dlq)
-            if not owned or not _channel_open(message):
-                return
-            marshalled = (ack if stored else reject) if self.looping else None
-            (marshalled or (lambda: self._direct(message, "ack" if stored else "reject")))()
+        def store() -> None:
+            letter = self._compose(delivery, death)
 
-        def done(stored: bool) -> None:
-            if self._on_loop():
-                settle(stored)
-            else:
-                self._soon(lambda: settle(stored))
+            def settle(stored: bool) -> None:
+                if stored:
+                    self._announce(letter, task)
+                elif owned and _channel_open(message):
+                    logger.error("letter %s goes to %r by the broker, without its annotations", letter.id, letter.dlq)
+                if not owned or not _channel_open(message):
+                    return
+                marshalled = (ack if stored else reject) if self.looping else None
+                (marshalled or (lambda: self._direct(message, "ack" if stored else "reject")))()
 
-        alive = (lambda: _channel_open(message)) if owned else None
-        if self._on_loop() or not self.looping:
-            self.capturer.capture(letter, alive, done)
+            def done(stored: bool) -> None:
+                if self._on_loop():
+                    settle(stored)
+                else:
+                    self._soon(lambda: settle(stored))
+
+            self.capturer.capture(letter, (lambda: _channel_open(message)) if owned else None, done)
+
+        if not self.looping or self.capturer.eager:
+            store()
+        elif self._on_loop():
+            self._later(store)
         else:
-            self._soon(lambda: self.capturer.capture(letter, alive, done))
+            self._soon(store)
+
+    def _compose(self, delivery: Delivery, death: Death) -> DeadLetter:
+        try:
+            return self.capturer.compose(delivery, death)
+        except Exception:
+            logger.exception("a letter of queue %r is stored without its details", delivery.queue)
+            return self.capturer.compose_bare(delivery, death)
 
     def _direct(self, message: Any, verb: str) -> None:
         if not message.acknowledged:
@@ -98,6 +108,31 @@ class Net:
     def _on_loop(self) -> bool:
         """Whether this is the thread of the event loop; under gevent and eventlet, which have none, any greenlet will do."""
         return self._consumer.hub is None or threading.get_ident() == self._thread
+
+    def _later(self, store: Callable[[], None]) -> None:
+        """Store a letter two turns of the loop from now, when the process that ran its task has been given the next one.
+
+        Otherwise that process waits for the letter too, which costs more throughput than the letter takes time.
+        """
+        self._letters.append(store)
+        if not self._letters_scheduled:
+            self._letters_scheduled = True
+            self._consumer.hub.call_soon(self._next_turn)
+
+    def _next_turn(self) -> None:
+        self._consumer.hub.call_soon(self._store_some)
+
+    def _store_some(self) -> None:
+        # One at a time while they come one at a time: in between the loop looks after the pool.
+        for _ in range(min(1 + len(self._letters) // 8, len(self._letters))):
+            self._run(self._letters.popleft())
+        self._letters_scheduled = bool(self._letters) and self.looping
+        if self._letters_scheduled:
+            self._consumer.hub.call_soon(self._store_some)
+
+    def _store_all(self) -> None:
+        while self._letters:
+            self._run(self._letters.popleft())
 
     def _soon(self, outcome: Callable[[], None]) -> None:
         self._outcomes.append(outcome)
@@ -114,12 +149,14 @@ class Net:
         self._thread = threading.get_ident()
         hub.add_reader(self._wake_read, self.run_outcomes)
         self.looping = True
+        self._letters_scheduled = False  # what was scheduled may have gone with the loop that ended
         self.capturer.attach(hub, self._consumer.timer, self._soon)
 
     def unregister(self) -> None:
         """The loop ended: for good, or to start anew after a reconnect."""
         self.looping = False
         self.capturer.detach()
+        self._store_all()
 
     def run_outcomes(self) -> None:
         try:

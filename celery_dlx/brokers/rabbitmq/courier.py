@@ -14,8 +14,9 @@ from typing import Any
 from amqp.exceptions import ChannelError, NotFound
 
 from celery_dlx.brokers.rabbitmq.declare import Declarer
+from celery_dlx.brokers.rabbitmq.framing import HeadersTooLargeError
 from celery_dlx.brokers.rabbitmq.letters import at_rest, bare
-from celery_dlx.brokers.rabbitmq.pipeline import REFUSED, RETURNED, STORED, ConfirmPipeline, HeadersTooLargeError
+from celery_dlx.brokers.rabbitmq.pipeline import REFUSED, RETURNED, STORED, ConfirmPipeline
 from celery_dlx.errors import TopologyError
 from celery_dlx.letters import DeadLetter
 from celery_dlx.policy.settings import Policy

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import amqp
-from amqp.serialization import dumps
 
+from celery_dlx.brokers.rabbitmq.framing import encode_table
 from celery_dlx.letters import HEADER, DeadLetter, Original, clip, read_broker_death, read_record
 from celery_dlx.replaying import revive_expiration, revive_headers
 
@@ -57,7 +57,7 @@ def at_rest(letter: DeadLetter, user: str | None, frame_max: int | None = None) 
     headers, properties = strip_for_rest(letter, user)
     record = letter.record()
     if frame_max is not None:
-        taken = len(dumps("F", [headers])) + sum(len(str(value)) * 4 for value in properties.values())
+        taken = len(encode_table(headers)) + sum(len(str(value)) * 4 for value in properties.values())
         record = _fit(record, frame_max - _HEADROOM - taken)
     headers[HEADER] = record
     return amqp.Message(letter.original.body, application_headers=headers, **properties)
@@ -70,7 +70,7 @@ def bare(letter: DeadLetter) -> amqp.Message:
 
 
 def _fit(record: dict[str, Any], room: int) -> dict[str, Any]:
-    if len(dumps("F", [record])) <= room:
+    if len(encode_table(record)) <= room:
         return record
     exception = record.get("exception") or {}
     for cut in _CUTS if exception else ():
@@ -79,10 +79,10 @@ def _fit(record: dict[str, Any], room: int) -> dict[str, Any]:
             "message": clip(exception["message"], cut // 8),
             "traceback": clip(exception["traceback"], cut, keep="tail"),
         }
-        if len(dumps("F", [record])) <= room:
+        if len(encode_table(record)) <= room:
             return record
     record = {key: record[key] for key in ("v", "id", "reason", "queue", "died_at", "replays") if key in record}
-    if len(dumps("F", [record])) <= room:
+    if len(encode_table(record)) <= room:
         return record
     raise ValueError(f"{room} bytes left for the record in the header frame")
 

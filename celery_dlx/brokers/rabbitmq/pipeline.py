@@ -5,34 +5,18 @@ from __future__ import annotations
 import ssl
 from collections import OrderedDict
 from collections.abc import Callable
-from struct import unpack_from
 from typing import Any
 
 import amqp
-from amqp.method_framing import frame_writer
-from amqp.serialization import dumps
-from amqp.spec import Basic
 from kombu.transport.pyamqp import Channel
+
+from celery_dlx.brokers.rabbitmq.framing import publish_frames
 
 #: Written at once at most, in bytes.
 _BATCH_BYTES = 262_144
 
 #: How a publish ended.
 STORED, RETURNED, REFUSED = "stored", "returned", "refused"
-
-
-class HeadersTooLargeError(Exception):
-    """A message's headers and properties do not fit one frame: the broker would close the connection."""
-
-
-class _Buffer:
-    """Stands in for a transport: py-amqp's frame writer fills it instead of the socket."""
-
-    def __init__(self) -> None:
-        self.data = bytearray()
-
-    def write(self, frame: bytes) -> None:
-        self.data += frame
 
 
 class PublishChannel(Channel):  # type: ignore[misc]
@@ -59,8 +43,7 @@ class ConfirmPipeline:
         self._channel = channel
         self._connection = connection
         self._on_outcome = on_outcome
-        self._buffer = _Buffer()
-        self._write_frame = frame_writer(self._connection, self._buffer)
+        self._data = bytearray()
         self._sequence = 0
         self._waiting: OrderedDict[int, Any] = OrderedDict()
         self._returned: set[str] = set()
@@ -85,34 +68,22 @@ class ConfirmPipeline:
         """Encode one message, mandatory; ``token`` comes back with its outcome. Nothing is written yet.
 
         Raises:
-            Exception: whatever the message's headers make the encoder raise; nothing of it was written then.
+            HeadersTooLargeError: its headers and properties do not fit one frame.
+            Exception: whatever the message's headers make the encoder raise. Nothing of it is written then.
         """
-        arguments = dumps("Bssbb", (0, exchange, routing_key, True, False))
-        data = self._buffer.data
-        start = len(data)
-        try:
-            self._write_frame(1, self._channel.channel_id, Basic.Publish, arguments, message)
-            # Frames are type, channel, size, payload, end: 1 + 2 + 4 + size + 1 bytes. The second one holds the headers,
-            # and cannot be split (AMQP 0-9-1 §4.2.6).
-            (size,) = unpack_from(">I", data, start + 3)
-            (size,) = unpack_from(">I", data, start + 8 + size + 3)
-            if size + 8 > self._connection.frame_max:
-                raise HeadersTooLargeError(f"headers of {size} bytes, the frame holds {self._connection.frame_max - 8}")
-        except Exception:
-            del data[start:]
-            raise
+        self._data += publish_frames(self._channel.channel_id, message, exchange, routing_key, self._connection.frame_max)
         self._sequence += 1
         self._waiting[self._sequence] = token
 
     def write(self) -> None:
         """Hand what was encoded to the broker; blocks while the broker does not read."""
-        if self._buffer.data:
-            data, self._buffer.data = self._buffer.data, bytearray()
+        if self._data:
+            data, self._data = self._data, bytearray()
             self._connection.transport.write(bytes(data))
 
     def write_some(self) -> bool:
         """Hand over as much as the socket, which must not block, takes now; whether that was all."""
-        data, sock = self._buffer.data, self._connection.sock
+        data, sock = self._data, self._connection.sock
         while data:
             try:
                 sent = sock.send(memoryview(data)[:_BATCH_BYTES])
@@ -124,7 +95,7 @@ class ConfirmPipeline:
     @property
     def unwritten(self) -> int:
         """Bytes encoded and not yet handed over."""
-        return len(self._buffer.data)
+        return len(self._data)
 
     def read_some(self, *, once: bool = False) -> None:
         """Take what has arrived, without waiting; ``once``: the next frame only, for a caller that is told of more."""
