@@ -45,9 +45,9 @@ class CoveredQueue:
             return declare(nowait=nowait, passive=passive, channel=channel)
         return self.cover.declare(self, channel, lambda: declare(nowait=False, passive=False, channel=channel))
 
-    def queue_declare_here(self) -> Any:
+    def queue_declare_here(self, nowait: bool = False) -> Any:
         """Declare with all arguments, over whatever is there: the broker answers 406 if it differs."""
-        return super().queue_declare(nowait=False, passive=False, channel=self.channel)  # type: ignore[misc, attr-defined]
+        return super().queue_declare(nowait=nowait, passive=False, channel=self.channel)  # type: ignore[misc, attr-defined]
 
     def consume(self, consumer_tag: str = "", callback: Any = None, no_ack: bool | None = None, **kwargs: Any) -> Any:
         unacknowledged = self.no_ack if no_ack is None else no_ack  # type: ignore[attr-defined]

@@ -183,10 +183,13 @@ def check_worker(cover: BrokerCover, worker: Any) -> None:
 def _declare_all(cover: BrokerCover, connection: Any, managed: dict[Any, QueueSettings]) -> None:
     plain = []
     try:
-        for queue, settings in managed.items():
+        covered = {queue: settings for queue, settings in managed.items() if settings.enabled}
+        declared = cover.declarer.declare_at_once(connection.connection, covered)
+        rest = {queue: settings for queue, settings in managed.items() if identity(queue) not in declared}
+        for queue, settings in rest.items():
             if settings.enabled:
                 cover.declarer.dead_letter_queue(connection.connection, identity(queue), settings)
-        for queue, settings in managed.items():
+        for queue, settings in rest.items():
             queue(connection.default_channel).declare()
             if settings.enabled and not queue.exclusive and (why := cover.declarer.uncovered(connection.connection, queue)):
                 plain.append((identity(queue), why))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -11,11 +11,15 @@ import kombu
 from amqp.exceptions import AccessRefused, ChannelError, NotFound, PreconditionFailed
 
 from celery_dlx.brokers.queues import identity
+from celery_dlx.brokers.rabbitmq.pipeline import OneShotChannel
 from celery_dlx.errors import TopologyError
 from celery_dlx.policy.settings import Policy, QueueSettings
 from celery_dlx.topology import EXCHANGE_TYPE, MAX_NAME, dlq_arguments, version_tuple
 
 logger = logging.getLogger("celery_dlx")
+
+#: Channels that share the declaring of many queues.
+_CHANNELS = 4
 
 
 class SideChannel:
@@ -118,6 +122,48 @@ class Declarer:
         self._bind(side, dlq, queue, live)
         done.add(queue)
 
+    def declare_at_once(self, connection: Any, queues: Mapping[kombu.Queue, QueueSettings]) -> set[str]:
+        """Declare many source queues and their DLQs without waiting for each; returns the names of those that were.
+
+        For a new deployment, or one that is just as we would declare it. Where anything differs or is refused, the
+        broker closes the channel at that point; what it did before is what would have been done anyhow. The queues that
+        are not returned are to be declared one by one.
+        """
+        done, side = self._state(connection)
+        if "" not in done:
+            self._exchange(side)
+            done.add("")
+        version = version_tuple(connection.server_properties.get("version"))
+        # What is unusual waits for its own answer.
+        everything = [
+            (queue, settings)
+            for queue, settings in queues.items()
+            if not (queue.exclusive or queue.on_declared or not queue.name)
+            and len(self._policy.dlq(identity(queue)).encode()) <= MAX_NAME
+        ]
+        # Creating a quorum queue takes the broker milliseconds: a few channels share the waiting.
+        shares = [share for number in range(_CHANNELS) if (share := everything[number::_CHANNELS])]
+        lines = [(share, OneShotChannel(connection)) for share in shares]
+        for _, channel in lines:  # all of them first: opening waits, and would meet another one's refusal
+            channel.open()
+        for share, channel in lines:
+            for queue, settings in share:
+                name = identity(queue)
+                dlq = self._policy.dlq(name)
+                arguments = dlq_arguments(settings, version)
+                channel.queue_declare(dlq, durable=True, auto_delete=False, arguments=arguments, nowait=True)
+                channel.queue_bind(dlq, self._policy.exchange, name, nowait=True)
+                queue(channel).queue_declare_here(nowait=True)
+        declared = {
+            identity(queue)
+            for share, channel in lines
+            if _accepted(channel, self._policy.dlq(identity(share[-1][0])))
+            for queue, _ in share
+        }
+        done |= declared
+        self._covered |= declared
+        return declared
+
     def is_covered(self, queue: str) -> bool:
         """Whether a message of this queue that is rejected goes to the DLQ."""
         return queue in self._covered and self._policy.via == "arguments"
@@ -171,6 +217,21 @@ class Declarer:
             f"{what}: the broker user may not declare it ({_text(exc)}); let an administrator declare it, or grant "
             f"configure, write and read on {self._policy.exchange!r} and on the queues {self._policy.queue_template!r}"
         )
+
+
+def _accepted(channel: OneShotChannel, queue: str) -> bool:
+    """Whether the broker did all it was told on a channel: it answers there, and has not closed it. Closes it."""
+    try:
+        if channel.is_open:
+            channel.queue_declare(queue, passive=True)
+            channel.close()
+            return True
+    except ChannelError as exc:  # of this channel, or of another one that is being closed meanwhile
+        logger.debug("declaring queues one by one: %s", _text(exc))
+    if channel.is_open:
+        channel.close()
+    channel.collect()
+    return False
 
 
 def _text(exc: Exception) -> str:

@@ -19,7 +19,7 @@ _BATCH_BYTES = 262_144
 STORED, RETURNED, REFUSED = "stored", "returned", "refused"
 
 
-class PublishChannel(Channel):  # type: ignore[misc]
+class OneShotChannel(Channel):  # type: ignore[misc]
     """A channel that stays closed when the broker closes it, so that the broker's reason is seen.
 
     py-amqp's own opens itself again first, which waits for an answer and forgets the confirm mode.
@@ -38,7 +38,7 @@ class ConfirmPipeline:
 
     def __init__(self, connection: Any, on_outcome: Callable[[Any, str], None]) -> None:
         """``connection`` is an open `amqp.Connection`."""
-        channel = PublishChannel(connection)
+        channel = OneShotChannel(connection)
         channel.open()
         self._channel = channel
         self._connection = connection
