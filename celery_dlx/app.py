@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from celery.signals import celeryd_init
@@ -26,8 +26,11 @@ from celery_dlx.errors import (
     UsageError,
 )
 from celery_dlx.letters import DeadLetter
-from celery_dlx.policy.settings import Policy
+from celery_dlx.policy.settings import Policy, management_url
 from celery_dlx.signals import dead_letter_replayed
+
+if TYPE_CHECKING:
+    from celery_dlx.brokers.rabbitmq.topology import RabbitMQTopology
 
 POLICY_VARIABLE = "CELERY_DLX_POLICY"
 #: Bootsteps by name: imported by workers only.
@@ -58,6 +61,8 @@ class DeadLetters:
         self._given = policy
         self._policy: Policy | None = policy if isinstance(policy, Policy) else None
         self._broker: Broker | None = None
+        #: Read also DLQs where the broker deletes what is looked at too often (RabbitMQ ≥ 4.0, made by others).
+        self.insist = False
         self._cover = BrokerCover(lambda: self.policy)
         self._install()
         _installed[app] = self
@@ -135,7 +140,9 @@ class DeadLetters:
             if kind == "amqp":
                 from celery_dlx.brokers.rabbitmq.store import RabbitMQBroker
 
-                self._broker = RabbitMQBroker(connect, self.policy, self.known_queues)
+                broker = RabbitMQBroker(connect, self.policy, self.known_queues, management_url(self.policy))
+                broker.insist = self.insist
+                self._broker = broker
             elif kind == "redis":
                 from celery_dlx.brokers.redis.broker import RedisBroker
 
@@ -143,6 +150,21 @@ class DeadLetters:
             else:
                 raise UnsupportedBrokerError(f"broker transport {kind!r}: expected RabbitMQ (amqp://) or Redis (redis://)")
         return self._broker
+
+    @property
+    def topology(self) -> RabbitMQTopology:
+        """What RabbitMQ must hold for the policy: plan, apply, destroy; connects when first asked for something.
+
+        Raises:
+            UnsupportedBrokerError: the broker is not RabbitMQ. Redis needs nothing declared.
+        """
+        kind = self.app.connection_for_read().transport.driver_type
+        if kind != "amqp":
+            raise UnsupportedBrokerError(f"broker transport {kind!r}: only RabbitMQ has a topology; nothing to declare here")
+        from celery_dlx.brokers.rabbitmq.topology import RabbitMQTopology
+
+        url = management_url(self.policy)
+        return RabbitMQTopology(self.app.connection_for_read, self.policy, self.known_queues, url)
 
     def close(self) -> None:
         """Close the connection that reading letters opened; the next call opens a new one."""

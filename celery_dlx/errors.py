@@ -47,6 +47,10 @@ class TopologyError(DeadLetterError):
     """The broker refuses an exchange, queue or binding that dead-lettering needs."""
 
 
+class UnsafeQueueError(DeadLetterError):
+    """Reading this dead-letter queue would delete letters."""
+
+
 class StoreFullError(DeadLetterError):
     """The broker has no memory left for what was asked (Redis: OOM)."""
 

@@ -110,6 +110,7 @@ class RabbitMQ:
 
     def __init__(self) -> None:
         self.port, self.epmd_port, self.dist_port = free_port(), free_port(), free_port()
+        self.management_port = free_port()
         self.home = Path(tempfile.mkdtemp(prefix="dlx-rabbitmq-"))
         self.node = f"dlx{self.port}@localhost"
         self.process: subprocess.Popen | None = None
@@ -118,6 +119,10 @@ class RabbitMQ:
     @property
     def url(self) -> str:
         return f"amqp://guest:guest@127.0.0.1:{self.port}//"
+
+    @property
+    def management_url(self) -> str:
+        return f"http://127.0.0.1:{self.management_port}"
 
     @property
     def environment(self) -> dict[str, str]:
@@ -140,8 +145,11 @@ class RabbitMQ:
     def start(self) -> RabbitMQ:
         if not os.path.exists(RABBITMQ):
             install("rabbitmq-server", "RABBITMQ", "RabbitMQ")
-        (self.home / "rabbit.conf").write_text(f"listeners.tcp.1 = 127.0.0.1:{self.port}\ndisk_free_limit.absolute = 50MB\n")
-        (self.home / "plugins").write_text("[].\n")
+        (self.home / "rabbit.conf").write_text(
+            f"listeners.tcp.1 = 127.0.0.1:{self.port}\ndisk_free_limit.absolute = 50MB\n"
+            f"management.tcp.ip = 127.0.0.1\nmanagement.tcp.port = {self.management_port}\n"
+        )
+        (self.home / "plugins").write_text("[rabbitmq_management].\n")
         (self.home / "env.conf").write_text("")
         return self.run()
 
@@ -155,7 +163,8 @@ class RabbitMQ:
         self.process = subprocess.Popen(
             [RABBITMQ], env=self.environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
         )
-        wait_for(lambda: is_listening(self.port), lambda: (self.home / "out").read_text()[-2000:], timeout=120)
+        for port in (self.port, self.management_port):
+            wait_for(lambda port=port: is_listening(port), lambda: (self.home / "out").read_text()[-2000:], timeout=120)
         return self
 
     def halt(self) -> None:
@@ -186,6 +195,8 @@ class Foreign:
 
     def __init__(self, url: str, kind: str) -> None:
         self.url, self.kind = url, kind
+        #: Where the management API is, for the tests of the topology.
+        self.management_url = os.environ.get("DLX_TEST_RABBITMQ_MANAGEMENT", "")
 
     def stop(self) -> None:
         """Not ours."""

@@ -15,7 +15,7 @@ from celery_dlx.brokers.rabbitmq.letters import at_rest, letter_of, original_of,
 from celery_dlx.brokers.redis.letters import original_of as redis_original_of
 from celery_dlx.letters import Death, compose
 from celery_dlx.policy.settings import Policy, QueueSettings
-from celery_dlx.topology import dlq_arguments, source_arguments, version_tuple
+from celery_dlx.topology.arguments import dlq_arguments, source_arguments, version_tuple
 from celery_dlx.worker.outcome import failure_reason, make_death
 from celery_dlx.worker.strategy import check_message
 

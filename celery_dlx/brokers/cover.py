@@ -14,7 +14,7 @@ from celery_dlx.brokers.queues import identity
 from celery_dlx.brokers.rabbitmq.declare import Declarer
 from celery_dlx.brokers.rabbitmq.letters import original_of
 from celery_dlx.policy.settings import Policy, QueueSettings
-from celery_dlx.topology import source_arguments
+from celery_dlx.topology.arguments import source_arguments
 
 
 class BrokerCover:

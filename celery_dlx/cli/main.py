@@ -56,10 +56,13 @@ def command(group: Any = dlx, **settings: Any) -> Callable[[Callable[..., Any]],
 
 
 def dead_letters(ctx: click.Context) -> DeadLetters:
-    return DeadLetters.of(ctx.obj.app)
+    dead = DeadLetters.of(ctx.obj.app)
+    dead.insist = bool(ctx.params.get("force"))
+    return dead
 
 
 JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
+FORCE = click.option("--force", is_flag=True, help="Insist where reading may delete letters (see DLX107).")
 YES = click.option("--yes", is_flag=True, help="Do not ask.")
 DRY_RUN = click.option("--dry-run", is_flag=True, help="Only say what would be done.")
 
@@ -81,8 +84,11 @@ def filters(function: Any) -> Any:
 @command(name="list")
 @click.argument("queue", required=False)
 @filters
+@FORCE
 @JSON
-def list_letters(ctx: click.Context, queue: str | None, as_json: bool, limit: int | None, **selected: Any) -> None:
+def list_letters(
+    ctx: click.Context, queue: str | None, force: bool, as_json: bool, limit: int | None, **selected: Any
+) -> None:
     """Dead letters of QUEUE, or of all queues, oldest first."""
     found = dead_letters(ctx).letters(queue, limit=limit, **selected)
     if as_json:
@@ -98,8 +104,9 @@ def list_letters(ctx: click.Context, queue: str | None, as_json: bool, limit: in
 @command()
 @click.argument("letter_id", metavar="ID")
 @click.option("--queue", help="The queue it died in; default: search all.")
+@FORCE
 @JSON
-def show(ctx: click.Context, letter_id: str, queue: str | None, as_json: bool) -> None:
+def show(ctx: click.Context, letter_id: str, queue: str | None, force: bool, as_json: bool) -> None:
     """One letter: its death, its traceback, its message."""
     letter = dead_letters(ctx).get(letter_id, queue)
     if as_json:
@@ -149,7 +156,7 @@ def _selection(targets: tuple[str, ...], everything: bool, queue: str | None, se
     return ids or None, queues[0] if queues else None, selected
 
 
-def _confirmed(question: str, yes: bool) -> None:
+def confirmed(question: str, yes: bool) -> None:
     if yes:
         return
     if not sys.stdin.isatty():
@@ -176,6 +183,7 @@ def _preview(dead: DeadLetters, ids: Any, queue: str | None, limit: int | None, 
 @filters
 @DRY_RUN
 @YES
+@FORCE
 @JSON
 def replay(
     ctx: click.Context,
@@ -185,6 +193,7 @@ def replay(
     limit: int | None,
     dry_run: bool,
     yes: bool,
+    force: bool,
     as_json: bool,
     **selected: Any,
 ) -> None:
@@ -195,7 +204,7 @@ def replay(
         _preview(dead, ids, queue, limit, selected, as_json)
         return
     if ids is None:
-        _confirmed(f"Replay {'all' if not selected else 'the selected'} letters of {queue or 'every queue'}?", yes)
+        confirmed(f"Replay {'all' if not selected else 'the selected'} letters of {queue or 'every queue'}?", yes)
     count = 0
     try:
         for replayed in dead.replay(ids, queue, limit=limit, **selected):
@@ -217,6 +226,7 @@ def replay(
 @filters
 @DRY_RUN
 @YES
+@FORCE
 @JSON
 def discard(
     ctx: click.Context,
@@ -226,6 +236,7 @@ def discard(
     limit: int | None,
     dry_run: bool,
     yes: bool,
+    force: bool,
     as_json: bool,
     **selected: Any,
 ) -> None:
@@ -235,7 +246,7 @@ def discard(
     if dry_run:
         _preview(dead, ids, queue, limit, selected, as_json)
         return
-    _confirmed(f"Delete {len(ids) if ids else 'the selected'} letters of {queue or 'every queue'} for good?", yes)
+    confirmed(f"Delete {len(ids) if ids else 'the selected'} letters of {queue or 'every queue'} for good?", yes)
     count = 0
     try:
         for letter in dead.discard(ids, queue, limit=limit, **selected):
@@ -258,7 +269,7 @@ def purge(ctx: click.Context, queue: str, dry_run: bool, yes: bool, as_json: boo
     if dry_run:
         output.say(f"{row.letters} letters of {row.dlq!r} would be deleted; nothing was done")
         return
-    _confirmed(f"Delete all {row.letters} letters of {row.dlq!r} for good?", yes)
+    confirmed(f"Delete all {row.letters} letters of {row.dlq!r} for good?", yes)
     count = dead.purge(queue)
     if as_json:
         output.json_line({"queue": queue, "dlq": row.dlq, "deleted": count})
@@ -266,3 +277,4 @@ def purge(ctx: click.Context, queue: str, dry_run: bool, yes: bool, as_json: boo
 
 
 from celery_dlx.cli import policy as _policy  # noqa: E402, F401 - registers its commands
+from celery_dlx.cli import topology as _topology  # noqa: E402, F401

@@ -20,6 +20,7 @@ _DEAD_LETTER_FIELDS = {
     "max_length": "dlq_max_length",
     "max_bytes": "dlq_max_bytes",
     "max_age": "dlq_max_age",
+    "strategy": "strategy",
 }
 
 
@@ -126,7 +127,9 @@ def _expected(path: tuple[Any, ...], error: Any) -> str:
 def _choices(path: tuple[Any, ...]) -> str:
     if path and path[0] == "version":
         return "1"
-    return {"type": "classic, quorum", "via": "arguments, policy"}.get(str(path[-1]), "the known values")
+    return {"type": "classic, quorum", "via": "arguments, policy", "strategy": "at-most-once, at-least-once"}.get(
+        str(path[-1]), "the known values"
+    )
 
 
 def _hint(value: object, error: Any) -> str:

@@ -67,6 +67,9 @@ class DeadLetterSection(Section):
     max_length: Count | None = Field(None, description="letters kept in the DLQ, oldest dropped first")
     max_bytes: Size | None = Field(None, description="bytes of message bodies kept in the DLQ")
     max_age: Duration | None = Field(None, description="how long a letter is kept")
+    strategy: Literal["at-most-once", "at-least-once"] | None = Field(
+        None, description="how RabbitMQ dead-letters by itself; at-least-once needs a quorum queue, and refuses overflow"
+    )
 
 
 class QueueSection(Section):
@@ -89,7 +92,9 @@ class TopologySection(Section):
     exchange: Annotated[str, Field(min_length=1, max_length=255)] = "celery.dlx"
     queue: str = Field("{queue}.dlq", description="name of each queue's DLQ; {queue} is the source queue's name")
     via: Literal["arguments", "policy"] = "arguments"
-    management_url: Annotated[str, Field(pattern=r"^https?://.+")] | None = None
+    management_url: Annotated[str, Field(pattern=r"^https?://.+")] | None = Field(
+        None, description="of RabbitMQ's management API, without credentials; CELERY_DLX_MANAGEMENT_URL overrides it"
+    )
 
     @field_validator("queue")
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -34,6 +35,7 @@ class QueueSettings:
     dlq_max_length: int = 100_000
     dlq_max_bytes: int | None = None
     dlq_max_age: float = 180 * _DAY
+    strategy: str | None = None
     #: The entry that matched: a queue's name, a glob, or "" for a policy without `queues`.
     entry: str = ""
 
@@ -42,6 +44,7 @@ class QueueSettings:
 
 
 BUILT_IN = QueueSettings()
+MANAGEMENT_VARIABLE = "CELERY_DLX_MANAGEMENT_URL"
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,11 @@ class Policy:
         """Lay an entry over `defaults` over the built-ins, key by key."""
         merged = {**self.defaults, **says}
         return replace(BUILT_IN, entry=entry, **merged)
+
+
+def management_url(policy: Policy) -> str | None:
+    """Where RabbitMQ's management API is: the environment's word, else the policy's."""
+    return os.environ.get(MANAGEMENT_VARIABLE) or policy.management_url
 
 
 def is_glob(name: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import celery
 
-from celery_dlx.topology import version_tuple
+from celery_dlx.topology.arguments import version_tuple
 
 CELERY = version_tuple(celery.__version__)
 

@@ -17,9 +17,12 @@ from celery_dlx.brokers.base import Capturer
 from celery_dlx.brokers.cover import BrokerCover
 from celery_dlx.brokers.queues import identity
 from celery_dlx.brokers.rabbitmq.capture import RabbitMQCapturer
+from celery_dlx.brokers.rabbitmq.inspect import by_management
+from celery_dlx.brokers.rabbitmq.management import Management
 from celery_dlx.brokers.redis.capture import RedisCapturer
 from celery_dlx.errors import DeadLetterError
-from celery_dlx.policy.settings import QueueSettings
+from celery_dlx.policy.settings import QueueSettings, management_url
+from celery_dlx.topology.live import has_net
 from celery_dlx.worker.intake import Intake
 from celery_dlx.worker.net import Net
 from celery_dlx.worker.strategy import Strategies
@@ -28,6 +31,8 @@ logger = logging.getLogger("celery_dlx")
 
 #: Time for the letters of the last tasks to be stored at shutdown, in seconds.
 SHUTDOWN_TIMEOUT = 30.0
+#: A worker's start does not wait longer than this for the management API, in seconds.
+_MANAGEMENT_TIMEOUT = 3.0
 #: Between attempts to store letters that Redis did not take, in seconds.
 _RETRY_EVERY = 5.0
 
@@ -173,14 +178,14 @@ def check_worker(cover: BrokerCover, worker: Any) -> None:
         return
     try:
         if connection.transport.driver_type == "amqp":
-            _declare_all(cover, connection, managed)
+            _declare_all(app, cover, connection, managed)
         elif connection.transport.driver_type == "redis":
             _check_redis(channel, managed.values())
     finally:
         connection.release()
 
 
-def _declare_all(cover: BrokerCover, connection: Any, managed: dict[Any, QueueSettings]) -> None:
+def _declare_all(app: Any, cover: BrokerCover, connection: Any, managed: dict[Any, QueueSettings]) -> None:
     plain = []
     try:
         covered = {queue: settings for queue, settings in managed.items() if settings.enabled}
@@ -198,17 +203,34 @@ def _declare_all(cover: BrokerCover, connection: Any, managed: dict[Any, QueueSe
     except (AMQPError, OSError) as exc:
         logger.debug("no topology check: %s", exc)  # Celery meets the same error, and reports it
         return
-    if plain:
-        names = ", ".join(repr(name) for name, _ in plain)
+    if cover.policy.via == "policy":
+        plain = [(identity(queue), "attached by a RabbitMQ policy, or not at all") for queue in covered]
+    if plain and (uncovered := _without_net(cover, connection, [name for name, _ in plain])):
         logger.warning(
-            "queues %s live with other arguments than the policy's and stay as they are (%s). Tasks that fail are "
+            "queues %s live without the dead-lettering the policy asks for and stay as they are (%s). Tasks that fail are "
             "captured all the same; messages that only the broker sees die (TTL, overflow, delivery limit) are not. "
-            "To cover those too, set a RabbitMQ policy with dead-letter-exchange %r and each queue's name as "
-            "dead-letter-routing-key: docs/rabbitmq.md",
-            names,
-            plain[0][1],
-            cover.policy.exchange,
+            "To cover those too, while everything runs: celery -A %s dlx topology apply (docs/rabbitmq.md)",
+            ", ".join(map(repr, uncovered)),
+            dict(plain)[uncovered[0]],
+            app.main or "APP",
         )
+
+
+def _without_net(cover: BrokerCover, connection: Any, queues: list[str]) -> list[str]:
+    """Which of these queues no RabbitMQ policy covers; all of them where policies cannot be seen."""
+    url = management_url(cover.policy)
+    if url is None:
+        return queues
+    user, password = connection.userid or "guest", connection.password or "guest"
+    management = Management(url, user, password, connection.virtual_host or "/", timeout=_MANAGEMENT_TIMEOUT)
+    try:
+        live = by_management(management, cover.policy.exchange)
+    except DeadLetterError as exc:
+        logger.debug("policies cannot be seen: %s", exc)
+        return queues
+    finally:
+        management.close()
+    return [queue for queue in queues if not has_net(live.queues.get(queue), cover.policy.exchange)]
 
 
 def _check_redis(channel: Any, managed: Any) -> None:

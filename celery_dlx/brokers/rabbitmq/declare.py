@@ -14,7 +14,7 @@ from celery_dlx.brokers.queues import identity
 from celery_dlx.brokers.rabbitmq.pipeline import OneShotChannel
 from celery_dlx.errors import TopologyError
 from celery_dlx.policy.settings import Policy, QueueSettings
-from celery_dlx.topology import EXCHANGE_TYPE, MAX_NAME, dlq_arguments, version_tuple
+from celery_dlx.topology.arguments import EXCHANGE_TYPE, MAX_NAME, dlq_arguments, version_tuple
 
 logger = logging.getLogger("celery_dlx")
 

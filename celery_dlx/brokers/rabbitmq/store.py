@@ -9,18 +9,24 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from time import monotonic, sleep
 from typing import Any
 
-from amqp.exceptions import AccessRefused, AMQPError, NotFound
+from amqp.exceptions import AMQPError, NotFound
 
 from celery_dlx.brokers.base import Match, QueueStats, Replayed
 from celery_dlx.brokers.rabbitmq.declare import SideChannel
+from celery_dlx.brokers.rabbitmq.inspect import arguments_over_amqp, by_management
 from celery_dlx.brokers.rabbitmq.letters import letter_of, revived
+from celery_dlx.brokers.rabbitmq.management import Management
 from celery_dlx.brokers.rabbitmq.pipeline import RETURNED, STORED, ConfirmPipeline
-from celery_dlx.errors import BrokerUnreachableError, ReplayError
+from celery_dlx.brokers.rabbitmq.unreachable import unreachable
+from celery_dlx.errors import ReplayError, UnsafeQueueError
 from celery_dlx.letters import DeadLetter
-from celery_dlx.policy.settings import Policy
+from celery_dlx.policy.settings import BUILT_IN, Policy
+from celery_dlx.topology.arguments import dlq_arguments, version_tuple
+from celery_dlx.topology.plan import finite_delivery_limit
 
 logger = logging.getLogger("celery_dlx")
 
@@ -135,11 +141,21 @@ class _InFlight:
 class RabbitMQBroker:
     """See `celery_dlx.brokers.base.Broker`."""
 
-    def __init__(self, connect: Callable[[], Any], policy: Policy, known_queues: Callable[[], Iterable[str]]) -> None:
+    def __init__(
+        self,
+        connect: Callable[[], Any],
+        policy: Policy,
+        known_queues: Callable[[], Iterable[str]],
+        management_url: str | None = None,
+    ) -> None:
         self._connect = connect
         self._policy = policy
         self._known = known_queues
+        self._management_url = management_url
         self._open: Any = None
+        #: Read also where reading may delete.
+        self.insist = False
+        self._safe: set[str] = set()
 
     def _connection(self) -> Any:
         if self._open is not None:
@@ -175,7 +191,7 @@ class RabbitMQBroker:
 
     def _browse(self, queue: str, match: Match | None, limit: int | None) -> list[DeadLetter]:
         dlq = self._policy.dlq(queue)
-        reader = _Reader(self._connection(), dlq, BROWSE_LIMIT)
+        reader = self._reader(queue, dlq)
         if reader.depth > BROWSE_LIMIT:
             logger.warning("%s holds %d letters; only the oldest %d are looked at", dlq, reader.depth, BROWSE_LIMIT)
             reader.take = BROWSE_LIMIT
@@ -191,6 +207,39 @@ class RabbitMQBroker:
             reader.close()
         return found
 
+    def _reader(self, queue: str, dlq: str, connection: Any = None) -> _Reader:
+        """A reader of a DLQ that can be read without harm.
+
+        Raises:
+            UnsafeQueueError: what is put back is counted, and deleted when it was put back often enough.
+        """
+        connection = connection or self._connection()
+        if not self.insist and dlq not in self._safe:
+            self._check_safe(connection, queue, dlq)
+            self._safe.add(dlq)
+        return _Reader(connection, dlq, BROWSE_LIMIT)
+
+    def _check_safe(self, connection: Any, queue: str, dlq: str) -> None:
+        version = version_tuple(connection.connection.server_properties.get("version"))
+        guess = dlq_arguments(self._policy.settings(queue) or BUILT_IN, version)
+        with SideChannel(connection.connection) as side:
+            found = arguments_over_amqp(side, dlq, guess)
+        if found is None or not finite_delivery_limit(found, version):
+            return
+        if self._management_url:  # a policy may have lifted the limit: AMQP cannot tell
+            user, password = connection.userid or "guest", connection.password or "guest"
+            management = Management(self._management_url, user, password, connection.virtual_host or "/")
+            with closing(management):
+                live = by_management(management, self._policy.exchange)
+            if dlq in live.queues and not finite_delivery_limit(live.queues[dlq], version):
+                return
+        limit = found.setting("delivery-limit")
+        raise UnsafeQueueError(
+            f"{dlq!r} has a delivery limit of {'20, the default' if limit is None else limit}: letters that are looked at "
+            "more often than that are deleted by the broker. Run `celery -A APP dlx topology apply` with a management API "
+            "configured, or insist with --force"
+        )
+
     def get(self, queue: str, letter_id: str) -> DeadLetter | None:
         return next(self.browse(queue, lambda letter: letter.id == letter_id, 1), None)
 
@@ -200,7 +249,7 @@ class RabbitMQBroker:
         # A connection of its own for publishing: under an alarm it blocks, and the reader must still acknowledge.
         with self._connect() as publishing:
             publishing.connect()
-            reader = _Reader(connection, dlq, BROWSE_LIMIT)
+            reader = self._reader(queue, dlq, connection)
             try:
                 yield from self._replay(reader, publishing, queue, dlq, match, limit)
             finally:
@@ -282,7 +331,7 @@ class RabbitMQBroker:
 
     def discard(self, queue: str, match: Match, limit: int | None = None) -> Iterator[DeadLetter]:
         dlq = self._policy.dlq(queue)
-        reader, taken = _Reader(self._connection(), dlq, BROWSE_LIMIT), 0
+        reader, taken = self._reader(queue, dlq), 0
         try:
             batch: list[tuple[int, DeadLetter]] = []
             for raw in reader:
@@ -323,12 +372,3 @@ class RabbitMQBroker:
                     yield QueueStats(queue, dlq, live.message_count, {"consumers": live.consumer_count})
                 else:
                     yield QueueStats(queue, dlq, 0, {"missing": True})
-
-
-def unreachable(connection: Any, exc: BaseException) -> BrokerUnreachableError:
-    """Say in one line what keeps us from the broker; the URL without its password."""
-    uri = connection.as_uri()
-    if isinstance(exc, AccessRefused):
-        return BrokerUnreachableError(f"{uri}: the broker refuses the user or password; check the broker URL")
-    reason = str(getattr(exc, "strerror", None) or exc or type(exc).__name__).splitlines()[0]
-    return BrokerUnreachableError(f"{uri}: {reason}; is the broker running, and the broker URL right?")

@@ -32,6 +32,11 @@ def source_arguments(
         # published by another key would be lost at their next death.
         arguments["x-dead-letter-exchange"] = policy.exchange
         arguments["x-dead-letter-routing-key"] = queue
+        if settings.strategy == "at-least-once" and own.get("x-queue-type", settings.type) == "quorum":
+            # Both or neither: with any other overflow the broker silently falls back to at-most-once
+            # (https://www.rabbitmq.com/docs/quorum-queues#activating-at-least-once-dead-lettering).
+            arguments["x-dead-letter-strategy"] = "at-least-once"
+            arguments["x-overflow"] = "reject-publish"
     if "x-dead-letter-exchange" in own:
         # Half of our pair with half of theirs would route letters to nowhere.
         arguments.pop("x-dead-letter-routing-key", None)

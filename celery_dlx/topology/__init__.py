@@ -1,0 +1,1 @@
+"""What RabbitMQ must hold for a policy, what it does hold, and the difference (pure)."""
