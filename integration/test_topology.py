@@ -175,8 +175,8 @@ def test_forty_live_queues_are_covered_while_they_work(rabbitmq, queue, channel,
     shop.plan(expect=0)
 
     # And one that is put above ours is seen, and gone around.
-    management.put("policies", "/", f"{queue}-high",
-                   body={"pattern": f"^{queue}\\.0$", "definition": {"max-length": 9}, "apply-to": "queues", "priority": 99})  # fmt: skip
+    high = {"pattern": f"^{queue}\\.0$", "definition": {"max-length": 9}, "apply-to": "queues", "priority": 99}
+    management.put("policies", "/", f"{queue}-high", body=high)
     assert codes(shop.plan(expect=1), "step") == {"DLX121"}
     shop.apply()
     assert by_management(management, "celery.dlx").queues[names[0]].setting("max-length") == 9

@@ -20,6 +20,8 @@ def source_arguments(
     arguments: dict[str, Any] = {}
     if settings.type is not None:
         arguments["x-queue-type"] = settings.type
+    if policy.via == "policy":
+        return {**arguments, **own}  # all the rest a RabbitMQ policy says; producers may declare the queue plainly
     if settings.message_ttl is not None:
         arguments["x-message-ttl"] = max(int(settings.message_ttl * 1000), 1)
     if settings.max_length is not None:
@@ -27,7 +29,7 @@ def source_arguments(
     if own.get("x-queue-type", settings.type) == "quorum":
         # The limit counts redeliveries, not deliveries (https://www.rabbitmq.com/docs/quorum-queues#poison-message-handling).
         arguments["x-delivery-limit"] = settings.max_deliveries - 1
-    if settings.enabled and policy.via == "arguments":
+    if settings.enabled:
         # The routing key is always set: without it a replayed message, whose key is its queue's name, and a message
         # published by another key would be lost at their next death.
         arguments["x-dead-letter-exchange"] = policy.exchange

@@ -13,14 +13,14 @@ from celery_dlx.brokers.rabbitmq.declare import SideChannel
 from celery_dlx.brokers.rabbitmq.management import Management, ManagementDeniedError
 from celery_dlx.policy.settings import Policy
 from celery_dlx.topology.arguments import EXCHANGE_TYPE, dlq_arguments, source_arguments, version_tuple
-from celery_dlx.topology.live import LiveBroker, LivePolicy, LiveQueue
+from celery_dlx.topology.live import NUMERIC, LiveBroker, LivePolicy, LiveQueue
 
 #: Fresh (a queue's own page lags seconds behind after a policy changed), and small.
 _FRESH = "disable_stats=true&enable_queue_totals=true"
 #: The broker names one argument that differs per refusal; more than this many do not occur.
 _MOST_ARGUMENTS = 20
 _DIFFERS = re.compile(r"inequivalent arg '(?P<name>[^']+)' for queue .* but current is (?P<current>.*)$", re.DOTALL)
-_VALUE = re.compile(r"(?:the value )?'(?P<value>.*)'(?: of type '(?P<type>\w+)')?$", re.DOTALL)
+_VALUE = re.compile(r"(?:the value )?'(?P<value>.*?)'(?: of type '(?P<type>\w+)')?$", re.DOTALL)
 
 
 def by_management(management: Management, exchange: str) -> LiveBroker:
@@ -34,7 +34,10 @@ def by_management(management: Management, exchange: str) -> LiveBroker:
     overview = management.get("overview") or {}
     tags = (management.get("whoami") or {}).get("tags", [])
     tags = tags.split(",") if isinstance(tags, str) else list(tags)
+    policies, limits = _policies(management, "policies"), _policies(management, "operator-policies")
     queues = {found["name"]: _queue(found) for found in management.get("queues", vhost, query=_FRESH) or ()}
+    for queue in queues.values():
+        queue.effective = _effective(queue, policies, limits)
     if any(queue.setting("dead-letter-strategy") == "at-least-once" for queue in queues.values()):
         # Only with the statistics it is told how many messages are held back, and only where that can be is it asked.
         for found in management.get("queues", vhost) or ():
@@ -47,7 +50,7 @@ def by_management(management: Management, exchange: str) -> LiveBroker:
         exchanges={x["name"]: (x["type"], bool(x["durable"])) for x in management.get("exchanges", vhost) or ()},
         queues=queues,
         bindings={(b["destination"], b["routing_key"]) for b in bindings if b["destination_type"] == "queue"},
-        policies=_policies(management, "policies"),
+        policies=policies,
         may_set_policies=bool({"policymaker", "administrator"} & set(tags)),
         user=management.user,
     )
@@ -64,9 +67,23 @@ def _queue(found: dict[str, Any]) -> LiveQueue:
         exclusive=bool(found.get("exclusive") or found.get("owner_pid_details")),
         policy=found.get("policy") or None,
         operator_policy=found.get("operator_policy") or None,
-        effective=found.get("effective_policy_definition") or {},
         messages=found.get("messages") or 0,
     )
+
+
+def _effective(
+    queue: LiveQueue, policies: list[LivePolicy] | None, limits: list[LivePolicy] | None
+) -> dict[str, Any] | None:
+    """What policies give a queue (the fresh listing names them and leaves the definition out)."""
+    if policies is None:
+        return None
+    effective = dict(next((policy.definition for policy in policies if policy.name == queue.policy), {}))
+    above = next((policy.definition for policy in limits or () if policy.name == queue.operator_policy), {})
+    for key, value in above.items():
+        # Of a limit that both set the lower counts, of anything else the operator's.
+        both = key in NUMERIC and isinstance(effective.get(key), int)
+        effective[key] = min(value, effective[key]) if both else value
+    return effective
 
 
 def _policies(management: Management, kind: str) -> list[LivePolicy] | None:
