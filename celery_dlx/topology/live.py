@@ -13,7 +13,7 @@ NUMERIC = frozenset({"max-length", "max-length-bytes", "message-ttl", "expires",
 
 @dataclass
 class LiveQueue:
-    """One queue. ``effective`` is what policy and operator policy give it together, ``None`` where they cannot be seen."""
+    """One queue, with what the policy and the operator policy that apply to it say (nothing, where they cannot be seen)."""
 
     name: str
     type: str = "classic"
@@ -23,20 +23,25 @@ class LiveQueue:
     exclusive: bool = False
     policy: str | None = None
     operator_policy: str | None = None
-    effective: Mapping[str, Any] | None = None
+    given: Mapping[str, Any] = field(default_factory=dict)
+    above: Mapping[str, Any] = field(default_factory=dict)
     messages: int = 0
     #: Messages a quorum queue holds because at-least-once dead-lettering has not delivered them yet.
     held: int = 0
 
     def setting(self, key: str) -> Any:
         """What counts for this queue, e.g. ``setting("max-length")``; ``None`` if nothing sets it."""
-        argument = self.arguments.get(f"x-{key}")
-        given = (self.effective or {}).get(key)
-        if argument is None or given is None:
-            return given if argument is None else argument
-        if key == "delivery-limit" and (argument < 0 or given < 0):
-            return max(argument, given)  # -1 is no limit: the other one counts
-        return min(argument, given) if key in NUMERIC else argument
+        given = _both(key, self.above.get(key), self.given.get(key))
+        return _both(key, self.arguments.get(f"x-{key}"), given)
+
+
+def _both(key: str, first: Any, second: Any) -> Any:
+    """Of two that set the same: for limits the lower, else the first."""
+    if first is None or second is None:
+        return second if first is None else first
+    if key == "delivery-limit" and (first < 0 or second < 0):
+        return max(first, second)  # -1 is no limit: the other one counts
+    return min(first, second) if key in NUMERIC else first
 
 
 def has_net(queue: LiveQueue | None, exchange: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from celery_dlx.policy.settings import Policy, QueueSettings
@@ -68,6 +68,15 @@ def make_plan(policy: Policy, queues: Iterable[str], live: LiveBroker) -> Plan:
     return plan
 
 
+def _without_ours(live: LiveBroker, name: str) -> LiveQueue | None:
+    """A live queue as it would be without our policy: that one is made anew from what is left."""
+    found = live.queues.get(name)
+    if found is None or found.policy != policy_name(name):
+        return found
+    under, _ = beneath(live.policies or (), name, found.type)
+    return replace(found, given=under.definition if under else {})
+
+
 def _plan_exchange(plan: Plan, policy: Policy, live: LiveBroker) -> None:
     name = policy.exchange
     found = live.exchanges.get(name)
@@ -82,7 +91,7 @@ def _plan_exchange(plan: Plan, policy: Policy, live: LiveBroker) -> None:
 def _plan_dlq(plan: Plan, policy: Policy, queue: str, settings: QueueSettings, live: LiveBroker) -> None:
     name = policy.dlq(queue)
     arguments = dlq_arguments(settings, live.version)
-    found = live.queues.get(name)
+    found = _without_ours(live, name)
     if found is None:
         plan.steps.append(Step(ADD, "queue", name, "DLX103", value=arguments))
     if found is None or (live.bindings is not None and (name, queue) not in live.bindings):
@@ -128,7 +137,7 @@ def finite_delivery_limit(dlq: LiveQueue, version: tuple[int, ...]) -> bool:
 
 
 def _plan_source(plan: Plan, policy: Policy, queue: str, settings: QueueSettings, live: LiveBroker) -> None:
-    found = live.queues.get(queue)
+    found = _without_ours(live, queue)
     kind = found.type if found else settings.type
     if settings.strategy == "at-least-once" and kind == "classic":
         plan.findings.append(Finding("DLX150", queue, "strategy at-least-once on a classic queue"))
@@ -137,7 +146,7 @@ def _plan_source(plan: Plan, policy: Policy, queue: str, settings: QueueSettings
         if policy.via == "arguments":
             plan.findings.append(Finding("DLX113", queue, "does not exist yet"))
             return
-        found = LiveQueue(queue, type=kind or "unknown", effective={})
+        found = LiveQueue(queue, type=kind or "unknown")
     wanted: dict[str, Any] = {}
     _want_dead_lettering(plan, policy, found, wanted)
     _want_limits(plan, settings, found, wanted)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 from urllib.parse import quote
 
@@ -13,7 +13,7 @@ from celery_dlx.brokers.rabbitmq.declare import SideChannel
 from celery_dlx.brokers.rabbitmq.management import Management, ManagementDeniedError
 from celery_dlx.policy.settings import Policy
 from celery_dlx.topology.arguments import EXCHANGE_TYPE, dlq_arguments, source_arguments, version_tuple
-from celery_dlx.topology.live import NUMERIC, LiveBroker, LivePolicy, LiveQueue
+from celery_dlx.topology.live import LiveBroker, LivePolicy, LiveQueue
 
 #: Fresh (a queue's own page lags seconds behind after a policy changed), and small.
 _FRESH = "disable_stats=true&enable_queue_totals=true"
@@ -37,7 +37,7 @@ def by_management(management: Management, exchange: str) -> LiveBroker:
     policies, limits = _policies(management, "policies"), _policies(management, "operator-policies")
     queues = {found["name"]: _queue(found) for found in management.get("queues", vhost, query=_FRESH) or ()}
     for queue in queues.values():
-        queue.effective = _effective(queue, policies, limits)
+        queue.given, queue.above = _definition(policies, queue.policy), _definition(limits, queue.operator_policy)
     if any(queue.setting("dead-letter-strategy") == "at-least-once" for queue in queues.values()):
         # Only with the statistics it is told how many messages are held back, and only where that can be is it asked.
         for found in management.get("queues", vhost) or ():
@@ -71,19 +71,9 @@ def _queue(found: dict[str, Any]) -> LiveQueue:
     )
 
 
-def _effective(
-    queue: LiveQueue, policies: list[LivePolicy] | None, limits: list[LivePolicy] | None
-) -> dict[str, Any] | None:
-    """What policies give a queue (the fresh listing names them and leaves the definition out)."""
-    if policies is None:
-        return None
-    effective = dict(next((policy.definition for policy in policies if policy.name == queue.policy), {}))
-    above = next((policy.definition for policy in limits or () if policy.name == queue.operator_policy), {})
-    for key, value in above.items():
-        # Of a limit that both set the lower counts, of anything else the operator's.
-        both = key in NUMERIC and isinstance(effective.get(key), int)
-        effective[key] = min(value, effective[key]) if both else value
-    return effective
+def _definition(policies: list[LivePolicy] | None, name: str | None) -> Mapping[str, Any]:
+    """What a policy says (the fresh listing of queues names it and leaves its definition out)."""
+    return next((policy.definition for policy in policies or () if policy.name == name), {})
 
 
 def _policies(management: Management, kind: str) -> list[LivePolicy] | None:
