@@ -104,16 +104,16 @@ class Load:
 
 
 def test_forty_live_queues_are_covered_while_they_work(rabbitmq, queue, channel, management, shop):
-    names = [f"{queue}.{number}" for number in range(40)]
-    for number, name in enumerate(names):
-        declare(channel, name, "quorum" if number % 2 else "classic")
+    names = [f"{queue}.{'cq'[number % 2]}.{number}" for number in range(40)]
+    for name in names:
+        declare(channel, name, "quorum" if ".q." in name else "classic")
     consumed, classic, quorum = names[:-2], names[-2], names[-1]
     management.put(
         "policies", "/", f"{queue}-ops",
-        body={"pattern": f"^{queue}\\.[0-9]+$", "definition": {"max-length": 50, "message-ttl": 4000},
+        body={"pattern": f"^{queue}\\.[cq]", "definition": {"max-length": 50, "message-ttl": 4000},
               "apply-to": "queues", "priority": 7},
     )  # fmt: skip
-    text = f"version: 1\nqueues:\n  {queue}.*: {{max_deliveries: 3}}\n"
+    text = f"version: 1\nqueues:\n  {queue}.c.*: {{max_deliveries: 3}}\n  {queue}.q.*: {{type: quorum, max_deliveries: 3}}\n"
     shop.policy.write_text(text)
     with Worker(rabbitmq.url, consumed, policy=text) as worker, Load(rabbitmq.url, consumed) as load:
         assert "dlx topology apply" in worker.output
@@ -162,7 +162,7 @@ def test_forty_live_queues_are_covered_while_they_work(rabbitmq, queue, channel,
     # Somebody changes the policy beneath: its new word is carried over.
     management.put(
         "policies", "/", f"{queue}-ops",
-        body={"pattern": f"^{queue}\\.[0-9]+$", "definition": {"max-length": 60}, "apply-to": "queues", "priority": 7},
+        body={"pattern": f"^{queue}\\.[cq]", "definition": {"max-length": 60}, "apply-to": "queues", "priority": 7},
     )  # fmt: skip
     drift = [row for row in shop.plan(expect=1) if row["type"] == "step"]
     assert {row["code"] for row in drift} == {"DLX120"}
@@ -175,7 +175,7 @@ def test_forty_live_queues_are_covered_while_they_work(rabbitmq, queue, channel,
     shop.plan(expect=0)
 
     # And one that is put above ours is seen, and gone around.
-    high = {"pattern": f"^{queue}\\.0$", "definition": {"max-length": 9}, "apply-to": "queues", "priority": 99}
+    high = {"pattern": f"^{queue}\\.c\\.0$", "definition": {"max-length": 9}, "apply-to": "queues", "priority": 99}
     management.put("policies", "/", f"{queue}-high", body=high)
     assert codes(shop.plan(expect=1), "step") == {"DLX121"}
     shop.apply()
