@@ -189,7 +189,7 @@ def _declare_all(app: Any, cover: BrokerCover, connection: Any, managed: dict[An
     plain = []
     try:
         covered = {queue: settings for queue, settings in managed.items() if settings.enabled}
-        declared = cover.declarer.declare_at_once(connection.connection, covered)
+        declared = _declare_at_once(app, cover, covered)
         rest = {queue: settings for queue, settings in managed.items() if identity(queue) not in declared}
         for queue, settings in rest.items():
             if settings.enabled:
@@ -214,6 +214,15 @@ def _declare_all(app: Any, cover: BrokerCover, connection: Any, managed: dict[An
             dict(plain)[uncovered[0]],
             app.main or "APP",
         )
+
+
+def _declare_at_once(app: Any, cover: BrokerCover, queues: dict[Any, QueueSettings]) -> set[str]:
+    connection = app.connection_for_read()
+    try:
+        connection.connect()
+        return cover.declarer.declare_at_once(connection.connection, queues)
+    finally:
+        connection.collect()
 
 
 def _without_net(cover: BrokerCover, connection: Any, queues: list[str]) -> list[str]:

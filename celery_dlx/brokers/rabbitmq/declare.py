@@ -127,7 +127,7 @@ class Declarer:
 
         For a new deployment, or one that is just as we would declare it. Where anything differs or is refused, the
         broker closes the channel at that point; what it did before is what would have been done anyhow. The queues that
-        are not returned are to be declared one by one.
+        are not returned are to be declared one by one, on another ``connection``: this one may still hear of refusals.
         """
         done, side = self._state(connection)
         if "" not in done:
@@ -220,17 +220,13 @@ class Declarer:
 
 
 def _accepted(channel: OneShotChannel, queue: str) -> bool:
-    """Whether the broker did all it was told on a channel: it answers there, and has not closed it. Closes it."""
+    """Whether the broker did all it was told on a channel: it answers there, and has not closed it."""
     try:
         if channel.is_open:
             channel.queue_declare(queue, passive=True)
-            channel.close()
-            return True
+            return bool(channel.is_open)
     except ChannelError as exc:  # of this channel, or of another one that is being closed meanwhile
         logger.debug("declaring queues one by one: %s", _text(exc))
-    if channel.is_open:
-        channel.close()
-    channel.collect()
     return False
 
 
