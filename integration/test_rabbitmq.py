@@ -55,8 +55,8 @@ def test_a_live_plain_queue_stays_and_is_covered_by_the_worker(rabbitmq, queue, 
     channel.queue_declare(queue, durable=True, auto_delete=False)
     channel.queue_bind(queue, queue, queue)
     with Worker(rabbitmq.url, [queue], policy="version: 1\n") as worker:
-        assert f"queues '{queue}' live with other arguments" in worker.output
-        assert "docs/rabbitmq.md" in worker.output
+        assert f"queues '{queue}' live without the dead-lettering" in worker.output
+        assert "dlx topology apply" in worker.output
         Sender(rabbitmq.url).task(queue, "matrix_app.fail")
         # A producer that shares the app, and one that knows nothing of us.
         code = f"import matrix_app as m; m.app.send_task('matrix_app.fail', ['shared'], queue={queue!r})"

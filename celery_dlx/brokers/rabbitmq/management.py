@@ -6,6 +6,8 @@ import base64
 import http.client
 import json
 import ssl
+import time
+from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
@@ -52,6 +54,8 @@ class Management:
         port = f":{self._port}" if self._port else ""
         #: For people: without credentials.
         self.url = f"{parts.scheme}://{self._host}{port}{self._path}"
+        #: The server's clock minus ours, in seconds; known after the first answer.
+        self.clock_skew: float | None = None
         #: How many requests were made.
         self.requests = 0
 
@@ -112,6 +116,8 @@ class Management:
             response = self._connection.getresponse()
             data = response.read().decode("utf-8", "replace")
             self.requests += 1
+            if date := response.getheader("Date"):
+                self.clock_skew = parsedate_to_datetime(date).timestamp() - time.time()
             return response.status, data
         except (http.client.HTTPException, OSError) as exc:
             self.close()
