@@ -8,6 +8,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
+from kombu.exceptions import KombuError
 from redis.exceptions import RedisError
 
 from celery_dlx.app import DeadLetters
@@ -121,7 +122,7 @@ def _redis(dead: DeadLetters) -> Iterator[Check]:
                     yield Check(
                         "role", CRITICAL, "this is a replica: it takes no letters", "point the broker URL at the primary"
                     )
-        except connection.connection_errors as exc:
+        except (KombuError, *connection.connection_errors) as exc:
             reason = str(exc).splitlines()[0] if str(exc) else type(exc).__name__
             yield Check(
                 "broker", CRITICAL, f"{connection.as_uri()}: {reason}", "start the broker, or correct the broker URL"

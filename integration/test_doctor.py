@@ -6,6 +6,7 @@ import json
 
 import pytest
 import redis
+from kombu import Connection
 from servers import Redis, free_port
 from workers import Worker
 
@@ -37,6 +38,9 @@ def test_all_is_well(broker, queue, policy):
 
 
 def test_a_worker_without_the_bootstep(broker, queue, policy):
+    if broker.kind == "rabbitmq":  # a live one: stock Celery could not declare a queue of ours
+        with Connection(broker.url) as connection:
+            connection.default_channel.queue_declare(queue, durable=True, auto_delete=False)
     with Worker(broker.url, [queue], policy=policy) as ours:
         stock = Worker(broker.url, [queue], policy=policy, arguments=("-c", "1", "-n", f"stock-{queue}@%h"), DLX_STOCK="1")
         with stock:

@@ -276,6 +276,6 @@ def purge(ctx: click.Context, queue: str, dry_run: bool, yes: bool, as_json: boo
     output.say(f"{count} letters deleted")
 
 
-from celery_dlx.cli import policy as _policy  # noqa: E402, F401 - registers its commands
 from celery_dlx.cli import doctor as _doctor  # noqa: E402, F401
+from celery_dlx.cli import policy as _policy  # noqa: E402, F401 - registers its commands
 from celery_dlx.cli import topology as _topology  # noqa: E402, F401

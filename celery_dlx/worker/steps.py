@@ -23,8 +23,8 @@ from celery_dlx.brokers.redis.capture import RedisCapturer
 from celery_dlx.errors import DeadLetterError
 from celery_dlx.policy.settings import QueueSettings, management_url
 from celery_dlx.topology.live import has_net
-from celery_dlx.worker.intake import Intake
 from celery_dlx.worker import remote  # noqa: F401 - registers its control command
+from celery_dlx.worker.intake import Intake
 from celery_dlx.worker.net import Net
 from celery_dlx.worker.strategy import Strategies
 
