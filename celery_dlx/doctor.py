@@ -92,7 +92,7 @@ def _rabbitmq(dead: DeadLetters) -> Iterator[Check]:
                 "no management API configured: policies, bindings and clocks cannot be checked",
                 "set topology.management_url or CELERY_DLX_MANAGEMENT_URL",
             )
-        plan, live, names = topology.plan()
+        plan, _, names = topology.plan()
         serious = [finding for finding in plan.findings if finding.severity != INFO and finding.code != "DLX131"]
         if plan.steps or serious:
             what = [f"{len(plan.steps)} changes to make"] * bool(plan.steps)

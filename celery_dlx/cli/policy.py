@@ -14,6 +14,7 @@ from celery_dlx.cli.main import JSON, command, dead_letters, dlx
 from celery_dlx.errors import EXIT_FINDINGS, PolicyError
 from celery_dlx.policy.durations import format_duration
 from celery_dlx.policy.settings import QueueSettings
+from celery_dlx.topology.scope import conflicts
 
 
 @dlx.group()
@@ -25,13 +26,13 @@ def policy() -> None:
 @click.argument("files", metavar="FILE...", nargs=-1, required=True)
 @JSON
 def check(ctx: click.Context, files: tuple[str, ...], as_json: bool) -> None:
-    """Say everything that is wrong with policy files, as file:line:column. Exit 1 if anything is."""
+    """Say everything that is wrong with policy files, as file:line:column, and where they disagree. Exit 1 if so."""
     from celery_dlx.policy.loader import load_policy
 
-    wrong = False
+    wrong, loaded = False, []
     for file in files:
         try:
-            load_policy(file)
+            loaded.append(load_policy(file))
         except PolicyError as exc:
             wrong = True
             for problem in exc.problems:
@@ -43,6 +44,12 @@ def check(ctx: click.Context, files: tuple[str, ...], as_json: bool) -> None:
                     click.echo(output.neutral(f"{file}:{problem.line}:{problem.column}: {problem.message}"))
         else:
             output.say(f"{file}: ok")
+    for finding in conflicts(loaded):
+        wrong = True
+        if as_json:
+            output.json_line(finding.as_dict())
+        else:
+            click.echo(output.neutral(f"{finding.code} queue {finding.subject!r}: {finding.message}"))
     if wrong:
         sys.exit(EXIT_FINDINGS)
 

@@ -9,6 +9,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 
 from celery_dlx.topology.live import LivePolicy
@@ -39,15 +40,27 @@ def applies(policy: LivePolicy, queue: str, kind: str) -> bool:
         return False
     if kind == "classic" and _QUORUM_ONLY & policy.definition.keys():
         return False
+    compiled = _compiled(policy.pattern)
+    return compiled is not None and compiled.search(queue) is not None
+
+
+@lru_cache(maxsize=8192)
+def _compiled(pattern: str) -> re.Pattern[str] | None:
     try:
-        return re.search(policy.pattern, queue) is not None
+        return re.compile(pattern)
     except re.error:
-        return False
+        return None
+
+
+def _is_ours(policy: LivePolicy) -> bool:
+    queue = policy.name.removeprefix(PREFIX)
+    return queue != policy.name and policy.pattern == exact_pattern(queue)
 
 
 def beneath(policies: Iterable[LivePolicy], queue: str, kind: str) -> tuple[LivePolicy | None, bool]:
     """The policy that would apply were ours not there, and whether a second one has the same priority (undefined then)."""
-    others = [policy for policy in policies if policy.name != policy_name(queue) and applies(policy, queue, kind)]
+    # Those of other queues that are ours match one name each: with hundreds of them, looking would take seconds.
+    others = [policy for policy in policies if not _is_ours(policy) and applies(policy, queue, kind)]
     if not others:
         return None, False
     highest = max(policy.priority for policy in others)
