@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from fnmatch import fnmatchcase
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,8 +26,11 @@ from celery_dlx.errors import (
     UnsupportedBrokerError,
     UsageError,
 )
+from celery_dlx.groups import Group, Groups
+from celery_dlx.journal import QueueLocks
 from celery_dlx.letters import DeadLetter
-from celery_dlx.policy.settings import Policy, management_url
+from celery_dlx.policy.settings import Policy, is_glob, management_url
+from celery_dlx.replay import Engine, Options, describe, resume, start
 from celery_dlx.signals import dead_letter_replayed
 
 if TYPE_CHECKING:
@@ -194,6 +198,45 @@ class DeadLetters:
         found = (letter for name in self._queues(queue) for letter in self.broker.browse(name, matches, limit))
         return islice(found, limit)
 
+    def groups(self, queue: str | None = None, **filters: Any) -> list[Group]:
+        """The letters of a queue, or of all, by cause: the largest group first. Filters as for `letters`."""
+        matches, groups = selection.match(**filters), Groups()
+
+        def collect(letter: DeadLetter) -> bool:
+            if matches(letter):
+                groups.add(letter)
+            return False  # counted, not kept: there may be a million
+
+        for name in self._queues(queue):
+            for _ in self.broker.browse(name, collect):
+                pass
+        return groups.sorted()
+
+    def start_replay(
+        self,
+        ids: str | Iterable[str] | None = None,
+        queue: str | None = None,
+        *,
+        limit: int | None = None,
+        options: Options | None = None,
+        hooks: Mapping[str, Any] | None = None,
+        **filters: Any,
+    ) -> tuple[Engine, QueueLocks]:
+        """Select letters and journal the selection; running the engine replays them. See `celery_dlx.replay`."""
+        ids = [ids] if isinstance(ids, str) else None if ids is None else list(ids)
+        text = describe(queue, ids, filters)
+        letters = self.letters(queue, limit=limit, **filters) if ids is None else self.letters(queue, ids=ids)
+        return start(self.broker, self.broker_name, letters, text, options or Options(), **(hooks or {}))
+
+    def resume_replay(self, replay: str, hooks: Mapping[str, Any] | None = None) -> tuple[Engine, QueueLocks]:
+        """Go on with a replay that was stopped or killed."""
+        return resume(self.broker, self.broker_name, replay, **(hooks or {}))
+
+    @property
+    def broker_name(self) -> str:
+        """The broker's URL without its password: what journals go by."""
+        return str(self.app.connection_for_read().as_uri())
+
     def get(self, letter_id: str, queue: str | None = None) -> DeadLetter:
         """One letter, with its message.
 
@@ -252,7 +295,9 @@ class DeadLetters:
         return list(self.broker.stats(self._queues(queue)))
 
     def _queues(self, queue: str | None) -> list[str]:
-        return self.queues() if queue is None else [queue]
+        if queue is None:
+            return self.queues()
+        return [name for name in self.queues() if fnmatchcase(name, queue)] if is_glob(queue) else [queue]
 
     def _each(self, step: Any, ids: Any, queue: str | None, limit: int | None, filters: dict[str, Any]) -> Iterator[Any]:
         if ids is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from typing import Any
 
@@ -9,6 +11,8 @@ from celery_dlx.letters import HEADER, DeadLetter, Reason
 
 #: Headers the broker wrote on the way to the DLQ. Left in, they make RabbitMQ's cycle detection drop the message
 #: silently at its next death (seen on 3.10.8), or carry a spent delivery count.
+#: How long reports are kept, in seconds.
+REPORT_SECONDS = 86_400
 BROKER_HEADERS = (
     "x-death",
     "x-first-death-exchange",
@@ -22,10 +26,13 @@ BROKER_HEADERS = (
 )
 
 
-def revive_headers(letter: DeadLetter, now: datetime | None = None) -> tuple[dict[str, Any], list[str]]:
+def revive_headers(
+    letter: DeadLetter, now: datetime | None = None, replay: str | None = None
+) -> tuple[dict[str, Any], list[str]]:
     """The headers a letter is replayed with, and what changed in them for people to read.
 
-    Everything else of the message stays as it was. The lineage goes into our own header.
+    Everything else of the message stays as it was. The lineage goes into our own header; ``replay`` is the id of the
+    replay that wants to hear what becomes of it.
     """
     headers = {key: value for key, value in letter.original.headers.items() if key not in BROKER_HEADERS}
     changes = []
@@ -36,7 +43,36 @@ def revive_headers(letter: DeadLetter, now: datetime | None = None) -> tuple[dic
         changes.append(f"expires {headers['expires']} dropped: it is past")
         headers["expires"] = None
     headers[HEADER] = {"replays": letter.replays + 1, "last": letter.id, "died_of": letter.reason}
+    if replay is not None:
+        headers[HEADER]["replay"] = replay
     return headers, changes
+
+
+def replay_of(headers: object) -> str | None:
+    """The id of the replay that a message came back by; ``None`` for any other message."""
+    lineage = headers.get(HEADER) if isinstance(headers, Mapping) else None
+    replay = lineage.get("replay") if isinstance(lineage, Mapping) else None
+    return replay if isinstance(replay, str) and replay.isalnum() and len(replay) <= 64 else None
+
+
+def lineage_of(headers: object) -> str:
+    """The id of the letter that a replayed message was; "" for any other message."""
+    lineage = headers.get(HEADER) if isinstance(headers, Mapping) else None
+    return str(lineage.get("last") or "") if isinstance(lineage, Mapping) else ""
+
+
+def report_queue(replay: str) -> str:
+    """Where workers report what became of a replay's messages (a queue on RabbitMQ, a list on Redis)."""
+    return f"celery-dlx.replay.{replay}"
+
+
+def read_report(body: bytes | str) -> dict[str, Any]:
+    """A worker's report; what cannot be read is an empty one."""
+    try:
+        report = json.loads(body)
+    except ValueError:
+        return {}
+    return report if isinstance(report, dict) else {}
 
 
 def past(expires: object, now: datetime | None = None) -> bool:

@@ -20,11 +20,17 @@ def match(
     exception: str | None = None,
     since: datetime | float | str | None = None,
     until: datetime | float | str | None = None,
+    fingerprint: str | None = None,
+    task_id: str | None = None,
+    root_id: str | None = None,
+    worker: str | None = None,
+    text: str | None = None,
 ) -> Callable[[DeadLetter], bool]:
     """A test of letters; all conditions given must hold.
 
-    ``task`` is a name or glob; ``exception`` a type, with or without its module, or a glob. ``since`` and ``until`` are
-    aware datetimes, seconds since the epoch, ISO 8601 text, or an age such as ``2h``.
+    ``task`` and ``worker`` are names or globs; ``exception`` a type, with or without its module, or a glob; ``text`` stands
+    in the exception's message. ``since`` and ``until`` are aware datetimes, seconds since the epoch, ISO 8601 text, or an
+    age such as ``2h``.
 
     Raises:
         UsageError: a condition that cannot be understood.
@@ -42,6 +48,11 @@ def match(
             and (exception is None or _is_type(letter, exception))
             and (first is None or letter.died_at >= first)
             and (last is None or letter.died_at <= last)
+            and (fingerprint is None or letter.fingerprint == fingerprint)
+            and (task_id is None or letter.task_id == task_id)
+            and (root_id is None or letter.root_id == root_id)
+            and (worker is None or fnmatchcase(letter.worker or "", worker))
+            and (text is None or text in (letter.exception or {}).get("message", ""))
         )
 
     return matches

@@ -137,7 +137,7 @@ def test_properties_that_would_harm_a_resting_letter(rabbitmq, queue, channel):
         assert shown["stripped"] == {"expiration": "60000", "CC": [f"{queue}.cc"]}
         assert shown["properties"]["user_id"] == "guest"
         assert channel.queue_declare(f"{queue}.cc", passive=True).message_count == 1, "only the producer's own copy"
-        (replayed,) = worker.json("replay", letter["id"], "--queue", queue)
+        replayed, _ = worker.json("replay", letter["id"], "--queue", queue)
         assert replayed["changes"] == ["CC dropped: a replay goes to the source queue alone"]
         (again,) = worker.wait_letters(queue, 1)
         (shown,) = worker.json("show", again["id"], "--queue", queue)

@@ -45,7 +45,7 @@ class Worker:
         if policy is not None:
             (self.home / "policy.yaml").write_text(policy)
             env["CELERY_DLX_POLICY"] = str(self.home / "policy.yaml")
-        self.env = environment(broker, DLX_RUNS=str(self.runs), **env)
+        self.env = environment(broker, DLX_RUNS=str(self.runs), CELERY_DLX_STATE=str(self.home / "state"), **env)
         self.app = app
         self.command = [sys.executable, "-m", "celery", "-A", app, "worker", "-l", "INFO"]
         self.command += ["--without-gossip", "--without-mingle", *arguments]

@@ -72,6 +72,9 @@ class Capturer(Protocol):
     def detach(self) -> None:
         """The event loop does not run any more."""
 
+    def report(self, replay: str, outcome: dict[str, Any]) -> None:
+        """Tell a replay what became of one of its messages; best effort."""
+
     def flush(self, timeout: float) -> int:
         """Wait at most ``timeout`` seconds until all letters are stored; returns how many are not."""
 
@@ -103,6 +106,18 @@ class Replayed:
 Match = Callable[[DeadLetter], bool]
 
 
+@dataclass
+class Run:
+    """How a replay goes about it. ``replay`` is the id under which workers report; ``to`` another queue than its own."""
+
+    replay: str | None = None
+    to: str | None = None
+    #: Letters moved at once at most.
+    batch: int | None = None
+    #: Asked before each letter: no more of them, but finish what was begun.
+    stop: Callable[[], bool] = lambda: False
+
+
 class Broker(Protocol):
     """Reads and empties dead-letter queues."""
 
@@ -115,8 +130,14 @@ class Broker(Protocol):
     def get(self, queue: str, letter_id: str) -> DeadLetter | None:
         """One letter with its message; ``None`` if the queue's DLQ does not hold it."""
 
-    def replay(self, queue: str, match: Match, limit: int | None = None) -> Iterator[Replayed]:
+    def replay(self, queue: str, match: Match, limit: int | None = None, run: Run | None = None) -> Iterator[Replayed]:
         """Move matching letters back to their source queue, each at-least-once."""
+
+    def watch(self, replay: str) -> None:
+        """From now on keep what workers report of this replay's messages, for a day."""
+
+    def outcomes(self, replay: str) -> list[dict[str, Any]]:
+        """What workers reported since; what was returned before is forgotten only now, for the caller may have died."""
 
     def discard(self, queue: str, match: Match, limit: int | None = None) -> Iterator[DeadLetter]:
         """Delete matching letters for good."""

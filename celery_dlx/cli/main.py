@@ -75,6 +75,11 @@ def filters(function: Any) -> Any:
         click.option("--since", metavar="WHEN", help="Died at or after: a time, or an age such as 2h."),
         click.option("--exception", metavar="TYPE", help="Exception type, with or without module, or glob."),
         click.option("--reason", type=click.Choice([str(reason) for reason in Reason])),
+        click.option("--text", metavar="WORDS", help="Words in the exception's message."),
+        click.option("--worker", metavar="NAME", help="Worker name or glob."),
+        click.option("--root-id", metavar="ID", help="Id of the workflow's first task."),
+        click.option("--task-id", metavar="ID", help="Task id."),
+        click.option("--group", "fingerprint", metavar="FINGERPRINT", help="One group of `dlx groups`."),
         click.option("--task", metavar="NAME", help="Task name or glob."),
     ):
         function = option(function)
@@ -140,7 +145,7 @@ def stats(ctx: click.Context, queue: str | None, as_json: bool) -> None:
     )
 
 
-def _selection(targets: tuple[str, ...], everything: bool, queue: str | None, selected: dict[str, Any]) -> Any:
+def split_targets(targets: tuple[str, ...], everything: bool, queue: str | None, selected: dict[str, Any]) -> Any:
     """Split `[QUEUE] [ID…]`, and refuse a call that says neither which letters nor `--all`."""
     ids = [target for target in targets if _ID.fullmatch(target)]
     queues = [target for target in targets if not _ID.fullmatch(target)]
@@ -165,7 +170,7 @@ def confirmed(question: str, yes: bool) -> None:
         raise DeadLetterError("nothing was done")
 
 
-def _preview(dead: DeadLetters, ids: Any, queue: str | None, limit: int | None, selected: Any, as_json: bool) -> None:
+def preview(dead: DeadLetters, ids: Any, queue: str | None, limit: int | None, selected: Any, as_json: bool) -> None:
     count = 0
     for letter in dead.letters(queue, limit=limit, ids=ids, **selected):
         count += 1
@@ -174,49 +179,6 @@ def _preview(dead: DeadLetters, ids: Any, queue: str | None, limit: int | None, 
         else:
             click.echo("  ".join(output.line(cell) for cell in output.letter_row(letter)))
     output.say(f"{count} letters would be taken; nothing was done")
-
-
-@command()
-@click.argument("targets", metavar="[QUEUE] [ID]...", nargs=-1)
-@click.option("--all", "everything", is_flag=True, help="Every letter (of QUEUE, if given).")
-@click.option("--queue", help="The queue, where its name looks like an id.")
-@filters
-@DRY_RUN
-@YES
-@FORCE
-@JSON
-def replay(
-    ctx: click.Context,
-    targets: tuple[str, ...],
-    everything: bool,
-    queue: str | None,
-    limit: int | None,
-    dry_run: bool,
-    yes: bool,
-    force: bool,
-    as_json: bool,
-    **selected: Any,
-) -> None:
-    """Send letters back to the queue they died in. Each leaves its DLQ only when its queue has it."""
-    dead = dead_letters(ctx)
-    ids, queue, selected = _selection(targets, everything, queue, selected)
-    if dry_run:
-        _preview(dead, ids, queue, limit, selected, as_json)
-        return
-    if ids is None:
-        confirmed(f"Replay {'all' if not selected else 'the selected'} letters of {queue or 'every queue'}?", yes)
-    count = 0
-    try:
-        for replayed in dead.replay(ids, queue, limit=limit, **selected):
-            count += 1
-            letter = replayed.letter
-            if as_json:
-                output.json_line({"id": letter.id, "queue": replayed.queue, "changes": replayed.changes})
-            else:
-                changes = f"  ({'; '.join(replayed.changes)})" if replayed.changes else ""
-                click.echo(output.line(f"{letter.id} → {replayed.queue}  {letter.task or '-'}{changes}"))
-    finally:
-        output.say(f"{count} letters replayed")
 
 
 @command()
@@ -242,9 +204,9 @@ def discard(
 ) -> None:
     """Delete letters for good."""
     dead = dead_letters(ctx)
-    ids, queue, selected = _selection(targets, everything, queue, selected)
+    ids, queue, selected = split_targets(targets, everything, queue, selected)
     if dry_run:
-        _preview(dead, ids, queue, limit, selected, as_json)
+        preview(dead, ids, queue, limit, selected, as_json)
         return
     confirmed(f"Delete {len(ids) if ids else 'the selected'} letters of {queue or 'every queue'} for good?", yes)
     count = 0
@@ -277,5 +239,7 @@ def purge(ctx: click.Context, queue: str, dry_run: bool, yes: bool, as_json: boo
 
 
 from celery_dlx.cli import doctor as _doctor  # noqa: E402, F401
+from celery_dlx.cli import groups as _groups  # noqa: E402, F401
 from celery_dlx.cli import policy as _policy  # noqa: E402, F401 - registers its commands
+from celery_dlx.cli import replay as _replay  # noqa: E402, F401
 from celery_dlx.cli import topology as _topology  # noqa: E402, F401

@@ -11,6 +11,7 @@ from typing import Any
 
 from celery_dlx.brokers.base import Capturer, Delivery
 from celery_dlx.letters import DeadLetter, Death
+from celery_dlx.replaying import lineage_of, replay_of
 from celery_dlx.signals import task_dead_lettered
 
 logger = logging.getLogger("celery_dlx")
@@ -100,8 +101,21 @@ class Net:
             getattr(message, f"{verb}_log_error")(logger, self._consumer.connection_errors)
 
     def _announce(self, letter: DeadLetter, task: Any) -> None:
+        if (replay := replay_of(letter.original.headers)) is not None:
+            failed = {"reason": letter.reason, "fingerprint": letter.fingerprint, "letter": letter.id}
+            self.report(replay, {"of": lineage_of(letter.original.headers), "state": "failed", **failed})
         if task_dead_lettered.receivers:
             task_dead_lettered.send(sender=task, letter=letter)
+
+    def report(self, replay: str, outcome: dict[str, Any]) -> None:
+        """Tell a replay what became of a message. It is news, not data: an error is only logged."""
+        try:
+            if self._on_loop() or not self.looping:
+                self.capturer.report(replay, outcome)
+            else:
+                self._soon(lambda: self.capturer.report(replay, outcome))
+        except Exception:
+            logger.exception("replay %s was not told of an outcome", replay)
 
     # -- back onto the event loop
 

@@ -7,15 +7,17 @@ acknowledgement or rejection is only noted: the original is settled once its let
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from billiard.einfo import ExceptionInfo
-from celery.exceptions import Reject, WorkerLostError
+from celery.exceptions import Ignore, Reject, WorkerLostError
 from celery.utils.log import get_logger
 from celery.worker import state
 
 from celery_dlx.brokers.base import Delivery, delivery_of
 from celery_dlx.letters import HEADER, Death, Reason
+from celery_dlx.replaying import lineage_of, replay_of
 from celery_dlx.worker import compat
 from celery_dlx.worker.net import Net
 from celery_dlx.worker.outcome import (
@@ -55,7 +57,24 @@ class DeadLetterRequest:
     task: Any
     id: str
 
+    def __init__(self, message: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(message, *args, **kwargs)  # type: ignore[call-arg]
+        if replay_of(message.headers) is not None:
+            # On the instance: Celery makes a subclass for each task, whose own `on_success` does not call ours.
+            self.on_success: Any = partial(self._dlx_on_success, self.on_success)
+
     # -- outcomes
+
+    def _dlx_on_success(self, handle: Callable[..., Any], result: Any, **kwargs: Any) -> Any:
+        """The task of a replayed message came to an end: the replay wants to know."""
+        outcome = handle(result, **kwargs)
+        failed, value = result[0], result[1]
+        if not failed or isinstance(unwrap(getattr(value, "exception", None)), Ignore):
+            headers = self.message.headers
+            replay = replay_of(headers)
+            if replay is not None:
+                self.net.report(replay, {"of": lineage_of(headers), "state": "succeeded"})
+        return outcome
 
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> Any:
         handle = super().on_failure  # type: ignore[misc]

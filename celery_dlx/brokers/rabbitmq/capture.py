@@ -10,6 +10,7 @@ take the interpreter from each other at every system call.) Under gevent and eve
 
 from __future__ import annotations
 
+import json
 import logging
 import selectors
 import threading
@@ -23,6 +24,7 @@ from celery_dlx.brokers.rabbitmq.courier import Courier, Line, Pending, reason_o
 from celery_dlx.brokers.rabbitmq.declare import Declarer
 from celery_dlx.letters import DeadLetter, Death, bare_letter, compose
 from celery_dlx.policy.settings import Policy
+from celery_dlx.replaying import report_queue
 
 logger = logging.getLogger("celery_dlx")
 
@@ -79,6 +81,11 @@ class RabbitMQCapturer:
             self._server = threading.Thread(target=self._serve, name="celery-dlx-capture", daemon=True)
             self._server.start()
 
+    def report(self, replay: str, outcome: dict[str, Any]) -> None:
+        self._courier.note(report_queue(replay), json.dumps(outcome).encode())
+        if self._hub is not None:
+            self._schedule()
+
     # -- on the event loop
 
     def attach(self, hub: Any, timer: Any, soon: Callable[[Callable[[], None]], None]) -> None:
@@ -123,7 +130,7 @@ class RabbitMQCapturer:
     def _turn(self) -> None:
         self._scheduled = False
         courier = self._courier
-        if self._hub is None or not courier.open_letters:
+        if self._hub is None or not (courier.open_letters or courier.notes):
             return
         if courier.line is None or courier.needs_new_line:
             self._connect_aside()

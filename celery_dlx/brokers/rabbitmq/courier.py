@@ -25,6 +25,8 @@ logger = logging.getLogger("celery_dlx")
 
 #: Without a confirm for this long, in seconds, an original that can still be settled is left to the broker's own net.
 GIVE_UP_AFTER = 30.0
+#: Notes kept while there is no line.
+_MAX_NOTES = 10_000
 #: The same publish is tried this often when the broker answers and refuses (no route, nack).
 MAX_REFUSALS = 3
 
@@ -74,6 +76,7 @@ class Courier:
         self._policy = policy
         self._declarer = declarer
         self._waiting: deque[Pending] = deque()
+        self.notes: deque[tuple[str, bytes]] = deque(maxlen=_MAX_NOTES)
         self.line: Line | None = None
         #: Attempts in a row after which nothing was stored.
         self.failures = 0
@@ -82,6 +85,10 @@ class Courier:
 
     def add(self, pending: Pending) -> None:
         self._waiting.append(pending)
+
+    def note(self, queue: str, body: bytes) -> None:
+        """Something to tell, published with the letters: lost if the line breaks, or if nobody listens any more."""
+        self.notes.append((queue, body))
 
     @property
     def open_letters(self) -> int:
@@ -128,6 +135,9 @@ class Courier:
         """Encode all that waits onto the line; nothing is written yet."""
         assert self.line is not None
         now = monotonic()
+        while self.notes:
+            queue, body = self.notes.popleft()
+            self.line.pipeline.tell(queue, body)
         while self._waiting:
             pending = self._waiting.popleft()
             if pending.alive is not None and not pending.alive():

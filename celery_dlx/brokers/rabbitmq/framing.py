@@ -32,8 +32,10 @@ class HeadersTooLargeError(Exception):
     """A message's headers and properties do not fit one frame: the broker would close the connection."""
 
 
-def publish_frames(channel_id: int, message: amqp.Message, exchange: str, routing_key: str, frame_max: int) -> bytes:
-    """All frames of a mandatory ``basic.publish``.
+def publish_frames(
+    channel_id: int, message: amqp.Message, exchange: str, routing_key: str, frame_max: int, *, mandatory: bool = True
+) -> bytes:
+    """All frames of a ``basic.publish``.
 
     Raises:
         HeadersTooLargeError: the header frame cannot be split (AMQP 0-9-1 §4.2.6), and does not fit ``frame_max`` bytes.
@@ -45,7 +47,7 @@ def publish_frames(channel_id: int, message: amqp.Message, exchange: str, routin
     room = frame_max - FRAME_OVERHEAD
     if len(content) > room:
         raise HeadersTooLargeError(f"headers of {len(content)} bytes, the frame holds {room}")
-    parts = [_method(channel_id, exchange, routing_key), _FRAME(2, channel_id, len(content)), content, _FRAME_END]
+    parts = [_method(channel_id, exchange, routing_key, mandatory), _FRAME(2, channel_id, len(content)), content, _FRAME_END]
     for start in range(0, len(body), room):
         chunk = body[start : start + room]
         parts += (_FRAME(3, channel_id, len(chunk)), chunk, _FRAME_END)
@@ -53,8 +55,8 @@ def publish_frames(channel_id: int, message: amqp.Message, exchange: str, routin
 
 
 @lru_cache(maxsize=256)
-def _method(channel_id: int, exchange: str, routing_key: str) -> bytes:
-    arguments = _SIZE(_CLASS << 16 | _PUBLISH) + dumps("Bssbb", (0, exchange, routing_key, True, False))
+def _method(channel_id: int, exchange: str, routing_key: str, mandatory: bool) -> bytes:
+    arguments = _SIZE(_CLASS << 16 | _PUBLISH) + dumps("Bssbb", (0, exchange, routing_key, mandatory, False))
     frame: bytes = _FRAME(1, channel_id, len(arguments)) + arguments + _FRAME_END
     return frame
 

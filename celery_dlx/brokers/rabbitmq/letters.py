@@ -101,9 +101,9 @@ def letter_of(raw: amqp.Message, queue: str, dlq: str) -> DeadLetter:
     return read_broker_death(original.headers, original, dlq, queue)
 
 
-def revived(letter: DeadLetter, user: str | None) -> tuple[amqp.Message, list[str]]:
+def revived(letter: DeadLetter, user: str | None, replay: str | None = None) -> tuple[amqp.Message, list[str]]:
     """The message a letter is replayed as, and what changed in it."""
-    headers, changes = revive_headers(letter)
+    headers, changes = revive_headers(letter, replay=replay)
     properties = dict(letter.original.properties)
     expiration, more = revive_expiration(letter)
     changes += more

@@ -75,6 +75,14 @@ class ConfirmPipeline:
         self._sequence += 1
         self._waiting[self._sequence] = token
 
+    def tell(self, queue: str, body: bytes) -> None:
+        """Encode a message that may be lost, to a queue that need not exist; nobody hears of its outcome."""
+        message = amqp.Message(body, content_type="application/json", delivery_mode=2)
+        self._data += publish_frames(
+            self._channel.channel_id, message, "", queue, self._connection.frame_max, mandatory=False
+        )
+        self._sequence += 1
+
     def write(self) -> None:
         """Hand what was encoded to the broker; blocks while the broker does not read."""
         if self._data:

@@ -1,139 +1,49 @@
 """Reads, replays and empties DLQs over AMQP.
 
-AMQP has no browsing: letters are taken unacknowledged and come back, in order, when the channel closes. That is safe
-on our DLQs, whose delivery limit is off (`topology.dlq_arguments`).
+How letters are taken without being consumed is `reader`'s.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from time import monotonic, sleep
+from time import monotonic
 from typing import Any
 
-from amqp.exceptions import AMQPError, NotFound
+from amqp.exceptions import AMQPError, ChannelError, NotFound
 
-from celery_dlx.brokers.base import Match, QueueStats, Replayed
+from celery_dlx.brokers.base import Match, QueueStats, Replayed, Run
 from celery_dlx.brokers.rabbitmq.declare import SideChannel
 from celery_dlx.brokers.rabbitmq.inspect import arguments_over_amqp, by_management
 from celery_dlx.brokers.rabbitmq.letters import letter_of, revived
 from celery_dlx.brokers.rabbitmq.management import Management
 from celery_dlx.brokers.rabbitmq.pipeline import RETURNED, STORED, ConfirmPipeline
+from celery_dlx.brokers.rabbitmq.reader import CHANNELS, PER_CHANNEL, Reader
 from celery_dlx.brokers.rabbitmq.unreachable import unreachable
 from celery_dlx.errors import ReplayError, UnsafeQueueError
 from celery_dlx.letters import DeadLetter
 from celery_dlx.policy.settings import BUILT_IN, Policy
+from celery_dlx.replaying import REPORT_SECONDS, read_report, report_queue
 from celery_dlx.topology.arguments import dlq_arguments, version_tuple
 from celery_dlx.topology.plan import finite_delivery_limit
 
 logger = logging.getLogger("celery_dlx")
 
-#: Letters held unacknowledged at most while browsing: the broker keeps each of them in memory.
-BROWSE_LIMIT = 50_000
 #: Letters in flight while replaying.
 WINDOW = 1_000
 #: Encoded messages are handed over at this size, in bytes: the broker has work while the next ones are read.
 _WRITE_BYTES = 262_144
-#: Without a delivery for this long, in seconds, what the queue counted at the start is taken to be gone or held.
-_QUIET = 5.0
-#: Acknowledgements sent before the broker must answer.
-_ACKS = 16
-#: Waiting for a queue to count what was settled, in seconds.
-_SETTLE = 1.0
 #: Waiting for confirms, in seconds.
 _CONFIRM_TIMEOUT = 30.0
 
 
-class _Reader:
-    """Takes the letters that were in a DLQ when it was opened, oldest first; leaving puts back what was not settled."""
-
-    def __init__(self, connection: Any, dlq: str, window: int) -> None:
-        self._connection = connection.connection
-        self._dlq = dlq
-        #: Tags of letters handed out and not acknowledged, and ids of those that were.
-        self._open: set[int] = set()
-        self.acknowledged: set[str] = set()
-        self._settled = 0
-        self.take: int | None = None
-        self.depth = 0
-        self._buffer: deque[Any] = deque()
-        self.channel = connection.channel()
-        try:
-            self.depth = self.channel.queue_declare(dlq, passive=True).message_count
-            self.channel.basic_qos(0, max(min(self.depth, window, 65_535), 1), False)
-            # Only buffer in the callback: whatever publishes there would re-enter the reading of the socket.
-            self.channel.basic_consume(dlq, callback=self._buffer.append)
-        except NotFound:
-            self._dlq = ""
-
-    def __iter__(self) -> Iterator[Any]:
-        left = self.depth if self.take is None else self.take
-        while left and (raw := self._next()) is not None:
-            left -= 1
-            self._open.add(raw.delivery_tag)
-            yield raw
-
-    def _next(self) -> Any:
-        deadline = monotonic() + _QUIET
-        while not self._buffer and (remaining := deadline - monotonic()) > 0:
-            try:
-                self._connection.drain_events(timeout=remaining)
-            except TimeoutError:
-                break
-        return self._buffer.popleft() if self._buffer else None
-
-    def ready(self) -> bool:
-        return bool(self._buffer)
-
-    def acknowledge(self, letters: Sequence[tuple[int, str]]) -> None:
-        """Acknowledge letters by tag and id, and wait for the broker to have heard it.
-
-        A quorum queue holds back what comes too fast, and forgets it when the channel closes (seen on 3.10: a tail of
-        acknowledgements lost): so few commands, each answered for.
-        """
-        tags = sorted(tag for tag, _ in letters)
-        self._open.difference_update(tags)
-        self.acknowledged.update(letter_id for _, letter_id in letters)
-        self._settled += len(tags)
-        for start in range(0, len(tags), _ACKS):
-            batch = tags[start : start + _ACKS]
-            if min(self._open, default=batch[-1] + 1) > batch[-1]:
-                self.channel.basic_ack(batch[-1], multiple=True)
-            else:
-                for tag in batch:
-                    self.channel.basic_ack(tag)
-            self.channel.queue_declare(self._dlq, passive=True)
-
-    def close(self) -> bool:
-        """Put back what was not acknowledged, and wait a moment until the queue counts it so; whether it does.
-
-        Quorum queues settle a little later than they answer: the next look would find letters missing, or still there.
-        """
-        if not self.channel.is_open:
-            return True
-        self.channel.close()
-        if not self._dlq:
-            return True
-        expected = self.depth - self._settled
-        deadline = monotonic() + _SETTLE
-        with SideChannel(self._connection) as side:
-            while live := side.live_queue(self._dlq):
-                # Others may add or take letters meanwhile: only our own part is waited for.
-                if live.message_count <= expected if self._settled else live.message_count >= expected:
-                    return True
-                if monotonic() > deadline:
-                    return False
-                sleep(0.01)
-        return True
-
-
 class _InFlight:
-    __slots__ = ("changes", "key", "letter", "outcome", "tag")
+    __slots__ = ("changes", "key", "letter", "outcome", "raw", "to")
 
-    def __init__(self, letter: DeadLetter, tag: int, changes: list[str]) -> None:
-        self.letter, self.tag, self.changes = letter, tag, changes
+    def __init__(self, letter: DeadLetter, raw: Any, changes: list[str], to: str) -> None:
+        self.letter, self.raw, self.changes, self.to = letter, raw, changes, to
         self.key = letter.id
         self.outcome: str | None = None
 
@@ -156,6 +66,8 @@ class RabbitMQBroker:
         #: Read also where reading may delete.
         self.insist = False
         self._safe: set[str] = set()
+        self._reports: Any = None
+        self._reported = 0
 
     def _connection(self) -> Any:
         if self._open is not None:
@@ -192,9 +104,10 @@ class RabbitMQBroker:
     def _browse(self, queue: str, match: Match | None, limit: int | None) -> list[DeadLetter]:
         dlq = self._policy.dlq(queue)
         reader = self._reader(queue, dlq)
-        if reader.depth > BROWSE_LIMIT:
-            logger.warning("%s holds %d letters; only the oldest %d are looked at", dlq, reader.depth, BROWSE_LIMIT)
-            reader.take = BROWSE_LIMIT
+        if reader.depth > PER_CHANNEL * CHANNELS:
+            logger.warning(
+                "%s holds %d letters; only the oldest %d are looked at", dlq, reader.depth, PER_CHANNEL * CHANNELS
+            )
         found: list[DeadLetter] = []
         try:
             for raw in reader:
@@ -207,7 +120,7 @@ class RabbitMQBroker:
             reader.close()
         return found
 
-    def _reader(self, queue: str, dlq: str, connection: Any = None) -> _Reader:
+    def _reader(self, queue: str, dlq: str, connection: Any = None) -> Reader:
         """A reader of a DLQ that can be read without harm.
 
         Raises:
@@ -217,7 +130,7 @@ class RabbitMQBroker:
         if not self.insist and dlq not in self._safe:
             self._check_safe(connection, queue, dlq)
             self._safe.add(dlq)
-        return _Reader(connection, dlq, BROWSE_LIMIT)
+        return Reader(connection, dlq)
 
     def _check_safe(self, connection: Any, queue: str, dlq: str) -> None:
         version = version_tuple(connection.connection.server_properties.get("version"))
@@ -243,7 +156,7 @@ class RabbitMQBroker:
     def get(self, queue: str, letter_id: str) -> DeadLetter | None:
         return next(self.browse(queue, lambda letter: letter.id == letter_id, 1), None)
 
-    def replay(self, queue: str, match: Match, limit: int | None = None) -> Iterator[Replayed]:
+    def replay(self, queue: str, match: Match, limit: int | None = None, run: Run | None = None) -> Iterator[Replayed]:
         dlq = self._policy.dlq(queue)
         connection = self._connection()
         # A connection of its own for publishing: under an alarm it blocks, and the reader must still acknowledge.
@@ -251,12 +164,12 @@ class RabbitMQBroker:
             publishing.connect()
             reader = self._reader(queue, dlq, connection)
             try:
-                yield from self._replay(reader, publishing, queue, dlq, match, limit)
+                yield from self._replay(reader, publishing, queue, dlq, match, limit, run or Run())
             finally:
                 self._finish(reader, queue, dlq)
 
     def _replay(
-        self, reader: _Reader, publishing: Any, queue: str, dlq: str, match: Match, limit: int | None
+        self, reader: Reader, publishing: Any, queue: str, dlq: str, match: Match, limit: int | None, run: Run
     ) -> Iterator[Replayed]:
         done: deque[_InFlight] = deque()
 
@@ -266,19 +179,22 @@ class RabbitMQBroker:
 
         pipeline = ConfirmPipeline(publishing.connection, on_outcome)
         failed: list[_InFlight] = []
-        user, taken = publishing.userid, 0
+        user, taken, window = publishing.userid, 0, min(run.batch or WINDOW, WINDOW)
         for raw in reader:
+            if run.stop():
+                break
             letter = letter_of(raw, queue, dlq)
             if not match(letter):
                 continue
-            message, changes = revived(letter, user)
+            message, changes = revived(letter, user, run.replay)
             # Through the default exchange: the original one may fan out to queues that had no part in this death.
-            pipeline.publish(_InFlight(letter, raw.delivery_tag, changes), message, "", letter.queue)
+            to = run.to or letter.queue
+            pipeline.publish(_InFlight(letter, raw, changes, to), message, "", to)
             taken += 1
             if pipeline.unwritten >= _WRITE_BYTES:
                 pipeline.write()
-            if pipeline.unconfirmed >= WINDOW or not reader.ready():
-                self._await(pipeline, WINDOW // 2)
+            if pipeline.unconfirmed >= window or not reader.ready():
+                self._await(pipeline, window // 2)
             yield from self._settle(reader, done, failed)
             if limit is not None and taken >= limit:
                 break
@@ -286,7 +202,7 @@ class RabbitMQBroker:
         yield from self._settle(reader, done, failed)
         if failed:
             first = failed[0]
-            why = f"queue {first.letter.queue!r} does not exist" if first.outcome == RETURNED else "the broker refused it"
+            why = f"queue {first.to!r} does not exist" if first.outcome == RETURNED else "the broker refused it"
             raise ReplayError(
                 f"{len(failed)} letters stay in {dlq!r}, the first is {first.letter.id}: {why}; create the queue "
                 "(start its worker) and replay again"
@@ -305,23 +221,23 @@ class RabbitMQBroker:
             pipeline.read(timeout=1.0)
 
     @staticmethod
-    def _settle(reader: _Reader, done: deque[_InFlight], failed: list[_InFlight]) -> Iterator[Replayed]:
+    def _settle(reader: Reader, done: deque[_InFlight], failed: list[_InFlight]) -> Iterator[Replayed]:
         stored = [token for token in done if token.outcome == STORED]
         failed.extend(token for token in done if token.outcome != STORED)
         done.clear()
         if stored:
             # All of them before the first is given out: whoever stops listening must not leave them in both places.
-            reader.acknowledge([(token.tag, token.key) for token in stored])
+            reader.acknowledge([(token.raw, token.key) for token in stored])
             for token in stored:
-                yield Replayed(token.letter, token.letter.queue, token.changes)
+                yield Replayed(token.letter, token.to, token.changes)
 
-    def _finish(self, reader: _Reader, queue: str, dlq: str) -> None:
+    def _finish(self, reader: Reader, queue: str, dlq: str) -> None:
         """Close a reader; what it acknowledged and the queue did not take is acknowledged again."""
         ids = reader.acknowledged
         while not reader.close() and ids:
-            again = _Reader(self._connection(), dlq, BROWSE_LIMIT)
-            left = [(raw.delivery_tag, letter_of(raw, queue, dlq).id) for raw in again]
-            left = [(tag, letter_id) for tag, letter_id in left if letter_id in ids]
+            again = Reader(self._connection(), dlq)
+            left = [(raw, letter_of(raw, queue, dlq).id) for raw in again]
+            left = [(raw, letter_id) for raw, letter_id in left if letter_id in ids]
             if left:
                 logger.warning("%d acknowledgements of %s were lost, and are sent again", len(left), dlq)
                 again.acknowledge(left)
@@ -329,16 +245,42 @@ class RabbitMQBroker:
                 ids = set()  # what came meanwhile is not ours
             reader = again
 
+    # -- what becomes of replayed messages: workers publish it to a queue of the replay's own
+
+    def watch(self, replay: str) -> None:
+        with SideChannel(self._connection().connection) as side:
+            try:
+                side.channel.queue_declare(
+                    report_queue(replay), durable=True, auto_delete=False, arguments={"x-expires": REPORT_SECONDS * 1000}
+                )
+            except ChannelError as exc:
+                logger.warning("what becomes of replayed letters cannot be watched: %s", exc.reply_text)
+
+    def outcomes(self, replay: str) -> list[dict[str, Any]]:
+        if self._reports is None or not self._reports.is_open:
+            self._reports, self._reported = self._connection().channel(), 0
+        if self._reported:
+            self._reports.basic_ack(self._reported, multiple=True)
+            self._reported = 0
+        found: list[dict[str, Any]] = []
+        try:
+            while len(found) < WINDOW and (raw := self._reports.basic_get(report_queue(replay))) is not None:
+                self._reported = raw.delivery_tag
+                found.append(read_report(raw.body))
+        except NotFound:
+            self._reports = None
+        return found
+
     def discard(self, queue: str, match: Match, limit: int | None = None) -> Iterator[DeadLetter]:
         dlq = self._policy.dlq(queue)
         reader, taken = self._reader(queue, dlq), 0
         try:
-            batch: list[tuple[int, DeadLetter]] = []
+            batch: list[tuple[Any, DeadLetter]] = []
             for raw in reader:
                 letter = letter_of(raw, queue, dlq)
                 if not match(letter):
                     continue
-                batch.append((raw.delivery_tag, letter))
+                batch.append((raw, letter))
                 taken += 1
                 if len(batch) >= WINDOW or taken == limit:
                     yield from self._discard(reader, batch)
@@ -350,9 +292,9 @@ class RabbitMQBroker:
             self._finish(reader, queue, dlq)
 
     @staticmethod
-    def _discard(reader: _Reader, batch: list[tuple[int, DeadLetter]]) -> Iterator[DeadLetter]:
+    def _discard(reader: Reader, batch: list[tuple[Any, DeadLetter]]) -> Iterator[DeadLetter]:
         if batch:
-            reader.acknowledge([(tag, letter.id) for tag, letter in batch])
+            reader.acknowledge([(raw, letter.id) for raw, letter in batch])
             for _, letter in batch:
                 yield letter
 

@@ -8,12 +8,13 @@ from typing import Any
 
 import redis
 
-from celery_dlx.brokers.base import Match, QueueStats, Replayed
+from celery_dlx.brokers.base import Match, QueueStats, Replayed, Run
 from celery_dlx.brokers.redis.letters import letter_of, parse_item, revived
 from celery_dlx.brokers.redis.store import LetterStore, is_full
 from celery_dlx.errors import BrokerUnreachableError, StoreFullError
 from celery_dlx.letters import DeadLetter
 from celery_dlx.policy.settings import Policy
+from celery_dlx.replaying import read_report
 
 #: Letters moved or deleted by one script: the server does nothing else meanwhile.
 _BATCH = 100
@@ -27,6 +28,7 @@ class RedisBroker:
         self._policy = policy
         self._connection: Any = None
         self._opened: LetterStore | None = None
+        self._reported = 0
 
     @property
     def _store(self) -> LetterStore:
@@ -73,30 +75,32 @@ class RedisBroker:
         letter.id, letter.queue = letter_id, letter.queue or queue
         return letter
 
-    def replay(self, queue: str, match: Match, limit: int | None = None) -> Iterator[Replayed]:
-        dlq = self._policy.dlq(queue)
-        chosen = islice(self._matching(queue, match), limit)
-        while batch := list(islice(chosen, _BATCH)):
+    def replay(self, queue: str, match: Match, limit: int | None = None, run: Run | None = None) -> Iterator[Replayed]:
+        dlq, run = self._policy.dlq(queue), run or Run()
+        size = min(run.batch or _BATCH, _BATCH)
+        chosen = islice(self._matching(queue, match, size), limit)
+        while not run.stop() and (batch := list(islice(chosen, size))):
             found: dict[str, Replayed] = {}
             moves = []
             for letter_id, score, record, item in batch:
                 letter = self._named(letter_of(record, item or b"", score, dlq), letter_id, queue)
-                message, changes = revived(item or b"", letter)
-                moves.append((letter_id, score, self._list_key(letter.queue, message), message))
-                found[letter_id] = Replayed(letter, letter.queue, changes)
+                message, changes = revived(item or b"", letter, run.replay)
+                to = run.to or letter.queue
+                moves.append((letter_id, score, self._list_key(to, message), message))
+                found[letter_id] = Replayed(letter, to, changes)
             try:
                 moved = self._store.replay(queue, moves)
             except redis.exceptions.ResponseError as exc:
                 raise _full(exc, f"{len(moves)} letters stay in {dlq!r}") from exc
             yield from (replayed for letter_id, replayed in found.items() if letter_id in moved)
 
-    def _matching(self, queue: str, match: Match) -> Iterator[tuple[str, float, bytes | None, bytes | None]]:
+    def _matching(self, queue: str, match: Match, size: int) -> Iterator[tuple[str, float, bytes | None, bytes | None]]:
         dlq = self._policy.dlq(queue)
         # All that is there now, not what replays put back meanwhile.
         snapshot = list(self._store.pages(queue, bodies=False))
-        for start in range(0, len(snapshot), _BATCH):
+        for start in range(0, len(snapshot), size):
             wanted = []
-            for letter_id, score, record, _ in snapshot[start : start + _BATCH]:
+            for letter_id, score, record, _ in snapshot[start : start + size]:
                 if match(self._named(letter_of(record, None, score, dlq), letter_id, queue)):
                     wanted.append((letter_id, score, record))
             items = self._store.payloads(queue, [letter_id for letter_id, _, _ in wanted])
@@ -105,6 +109,14 @@ class RedisBroker:
 
     def _list_key(self, queue: str, message: bytes) -> str:
         return str(self._connection.default_channel.dlx_list_key(queue, parse_item(message) or {}))
+
+    def watch(self, replay: str) -> None:
+        """Nothing to prepare: workers make the list."""
+
+    def outcomes(self, replay: str) -> list[dict[str, Any]]:
+        found = self._store.reports(replay, self._reported)
+        self._reported = len(found)
+        return [read_report(report) for report in found]
 
     def discard(self, queue: str, match: Match, limit: int | None = None) -> Iterator[DeadLetter]:
         chosen = islice((letter for letter in list(self.browse(queue)) if match(letter)), limit)

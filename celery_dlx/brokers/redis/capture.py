@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 from collections import deque
@@ -54,6 +55,12 @@ class RedisCapturer:
             # A little later, with what comes until then: a round trip for many costs as much as for one.
             self._scheduled = True
             self._hub.call_later(_LINGER, self._turn)
+
+    def report(self, replay: str, outcome: dict[str, Any]) -> None:
+        try:
+            self._letter_store().report(replay, json.dumps(outcome))
+        except (redis.exceptions.RedisError, OSError) as exc:
+            logger.warning("replay %s was not told of an outcome: %s", replay, exc)
 
     def garbage(self, queue: str, item: bytes, exc: Exception) -> None:
         """A list item that is no message."""

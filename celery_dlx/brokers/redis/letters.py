@@ -81,12 +81,12 @@ def letter_of(record: bytes | None, item: bytes | None, score: float, dlq: str) 
     return letter
 
 
-def revived(item: bytes, letter: DeadLetter) -> tuple[bytes, list[str]]:
+def revived(item: bytes, letter: DeadLetter, replay: str | None = None) -> tuple[bytes, list[str]]:
     """The item a letter is replayed as, and what changed in it. Raw garbage goes back as it is."""
     payload = parse_item(item)
     if payload is None:
         return item, []
-    payload["headers"], changes = revive_headers(letter)
+    payload["headers"], changes = revive_headers(letter, replay=replay)
     info = payload["properties"].get("delivery_info")
     if isinstance(info, dict):
         info.pop("redelivered", None)

@@ -13,6 +13,7 @@ import redis
 from celery_dlx.brokers.redis.letters import to_json
 from celery_dlx.letters import DeadLetter, clip
 from celery_dlx.policy.settings import Policy, QueueSettings
+from celery_dlx.replaying import REPORT_SECONDS, report_queue
 
 #: How long a message's delivery count is remembered after its last return, in milliseconds (a week).
 _COUNT_MEMORY = 604_800_000
@@ -187,6 +188,23 @@ class LetterStore:
     def counters(self, queue: str) -> dict[str, int]:
         found: Any = self.client.hgetall(self.keys(queue)[3])
         return {key.decode(): int(value) for key, value in sorted(found.items())}
+
+    # -- what becomes of replayed messages
+
+    def report(self, replay: str, report: str) -> None:
+        key = f"{self.prefix}{report_queue(replay)}"
+        pipe = self.client.pipeline()
+        pipe.rpush(key, report)
+        pipe.expire(key, REPORT_SECONDS)
+        pipe.execute()
+
+    def reports(self, replay: str, forget: int) -> list[bytes]:
+        """The next reports, having forgotten as many that were read before."""
+        key = f"{self.prefix}{report_queue(replay)}"
+        pipe = self.client.pipeline()
+        pipe.ltrim(key, forget, -1)
+        pipe.lrange(key, 0, _PAGE - 1)
+        return list(pipe.execute()[1])
 
     # -- which DLQs there are
 

@@ -1,0 +1,125 @@
+"""Takes letters out of a DLQ unacknowledged, and puts back what is not settled.
+
+AMQP has no browsing: letters are taken unacknowledged and come back, in order, when the channels close. That is safe on
+our DLQs, whose delivery limit is off (`topology.arguments.dlq_arguments`).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from time import monotonic, sleep
+from typing import Any
+
+from amqp.exceptions import NotFound
+
+from celery_dlx.brokers.rabbitmq.declare import SideChannel
+
+#: Letters held unacknowledged at most by one channel, and channels at most: the broker knows each letter that is out.
+PER_CHANNEL, CHANNELS = 50_000, 20
+#: Without a delivery for this long, in seconds, what the queue counted at the start is taken to be gone or held.
+_QUIET = 5.0
+#: Acknowledgements sent before the broker must answer.
+_ACKS = 16
+#: Waiting for a queue to count what was settled, in seconds.
+_SETTLE = 1.0
+
+
+class Reader:
+    """Takes the letters that were in a DLQ when it was opened, oldest first; leaving puts back what was not settled."""
+
+    def __init__(self, connection: Any, dlq: str) -> None:
+        self._connection = connection.connection
+        self._dlq = dlq
+        #: By channel: tags of letters handed out and not acknowledged.
+        self._open: dict[Any, set[int]] = {}
+        #: Ids of letters that were.
+        self.acknowledged: set[str] = set()
+        self._settled = 0
+        self.depth = 0
+        self._buffer: deque[Any] = deque()
+        channel = connection.channel()
+        try:
+            self.depth = channel.queue_declare(dlq, passive=True).message_count
+        except NotFound:
+            self._dlq = ""
+        else:
+            self._consume(channel)
+
+    def _consume(self, channel: Any) -> None:
+        self._open[channel] = set()
+        channel.basic_qos(0, max(min(self.depth, PER_CHANNEL), 1), False)
+        # Only buffer in the callback: whatever publishes there would re-enter the reading of the socket.
+        channel.basic_consume(self._dlq, callback=self._buffer.append)
+
+    def __iter__(self) -> Iterator[Any]:
+        left = self.depth
+        while left and (raw := self._next()) is not None:
+            left -= 1
+            self._open[raw.channel].add(raw.delivery_tag)
+            yield raw
+
+    def _next(self) -> Any:
+        if not self._buffer and all(len(tags) >= PER_CHANNEL for tags in self._open.values()):
+            if len(self._open) >= CHANNELS:
+                return None
+            self._consume(self._connection.channel())
+        deadline = monotonic() + _QUIET
+        while not self._buffer and (remaining := deadline - monotonic()) > 0:
+            try:
+                self._connection.drain_events(timeout=remaining)
+            except TimeoutError:
+                break
+        return self._buffer.popleft() if self._buffer else None
+
+    def ready(self) -> bool:
+        return bool(self._buffer)
+
+    def acknowledge(self, letters: Sequence[tuple[Any, str]]) -> None:
+        """Acknowledge letters (message and id), and wait for the broker to have heard it.
+
+        A quorum queue holds back what comes too fast, and forgets it when the channel closes (seen on 3.10: a tail of
+        acknowledgements lost): so few commands, each answered for.
+        """
+        self.acknowledged.update(letter_id for _, letter_id in letters)
+        self._settled += len(letters)
+        by_channel: dict[Any, list[int]] = {}
+        for raw, _ in letters:
+            by_channel.setdefault(raw.channel, []).append(raw.delivery_tag)
+        for channel, tags in by_channel.items():
+            self._acknowledge(channel, sorted(tags))
+
+    def _acknowledge(self, channel: Any, tags: list[int]) -> None:
+        still_open = self._open[channel]
+        still_open.difference_update(tags)
+        first = min(still_open, default=tags[-1] + 1)
+        for start in range(0, len(tags), _ACKS):
+            batch = tags[start : start + _ACKS]
+            if first > batch[-1]:
+                channel.basic_ack(batch[-1], multiple=True)
+            else:
+                for tag in batch:
+                    channel.basic_ack(tag)
+            channel.queue_declare(self._dlq, passive=True)
+
+    def close(self) -> bool:
+        """Put back what was not acknowledged, and wait a moment until the queue counts it so; whether it does.
+
+        Quorum queues settle a little later than they answer: the next look would find letters missing, or still there.
+        """
+        open_channels = [channel for channel in self._open if channel.is_open]
+        for channel in open_channels:
+            channel.close()
+        if not self._dlq or not open_channels:
+            return True
+        expected = self.depth - self._settled
+        deadline = monotonic() + _SETTLE
+        with SideChannel(self._connection) as side:
+            while live := side.live_queue(self._dlq):
+                # Others may add or take letters meanwhile: only our own part is waited for.
+                if live.message_count <= expected if self._settled else live.message_count >= expected:
+                    return True
+                if monotonic() > deadline:
+                    return False
+                sleep(0.01)
+        return True

@@ -1,0 +1,188 @@
+"""`dlx replay` and `dlx history`."""
+
+from __future__ import annotations
+
+import re
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from celery_dlx.cli import output
+from celery_dlx.cli.main import DRY_RUN, FORCE, JSON, YES, command, confirmed, dead_letters, filters, preview, split_targets
+from celery_dlx.errors import EXIT_FINDINGS, UnknownLetterError, UsageError
+from celery_dlx.journal import Record, as_history, history
+from celery_dlx.policy.durations import parse_duration
+from celery_dlx.replay import Options
+
+_RATE = re.compile(r"(?P<count>\d+(?:\.\d+)?)(?:/(?P<unit>[smh]))?")
+_SECONDS = {"s": 1, "m": 60, "h": 3600}
+
+
+def _rate(ctx: click.Context, option: click.Parameter, value: str | None) -> float | None:
+    if value is None:
+        return None
+    found = _RATE.fullmatch(value)
+    rate = float(found["count"]) / _SECONDS[found["unit"] or "s"] if found else 0
+    if rate <= 0:
+        raise UsageError(f"--rate {value}: expected a number of letters per second, such as 50/s, or 600/m")
+    return rate
+
+
+def _seconds(ctx: click.Context, option: click.Parameter, value: str | None) -> float | None:
+    if value is None:
+        return None
+    try:
+        return parse_duration(value)
+    except ValueError as exc:
+        raise UsageError(f"--wait {value}: {exc}") from None
+
+
+@command(name="replay")
+@click.argument("targets", metavar="[QUEUE] [ID]...", nargs=-1)
+@click.option("--all", "everything", is_flag=True, help="Every letter (of QUEUE, if given).")
+@click.option("--queue", help="The queue, where its name looks like an id.")
+@filters
+@click.option("--canary", type=click.IntRange(min=1), help="Replay this many, and the rest only if they succeed.")
+@click.option("--rate", metavar="N/s", callback=_rate, help="At most this many letters per second (50/s, 600/m).")
+@click.option("--to", metavar="QUEUE", help="To this queue instead of the one each died in.")
+@click.option("--stop-on-repeat/--no-stop-on-repeat", default=None, help="Stop when a letter dies of the same again.")
+@click.option("--wait", metavar="TIME", callback=_seconds, help="Go on listening this long without news (default 2s).")
+@click.option("--resume", metavar="REPLAY", help="Go on with a replay that was stopped or killed.")
+@DRY_RUN
+@YES
+@FORCE
+@JSON
+def replay_letters(
+    ctx: click.Context,
+    targets: tuple[str, ...],
+    everything: bool,
+    queue: str | None,
+    limit: int | None,
+    canary: int | None,
+    rate: float | None,
+    to: str | None,
+    stop_on_repeat: bool | None,
+    wait: float | None,
+    resume: str | None,
+    dry_run: bool,
+    yes: bool,
+    force: bool,
+    as_json: bool,
+    **selected: Any,
+) -> None:
+    """Send letters back to the queue they died in, and tell what becomes of them. Exit 1 if something is left."""
+    dead = dead_letters(ctx)
+    ids = None
+    with _interruptible() as interrupted:
+        hooks = {"interrupted": interrupted, "on_progress": _progress(as_json)}
+        if resume is not None:
+            if targets or everything or any(value is not None for value in selected.values()):
+                raise UsageError("--resume goes on with the selection it had; give nothing else")
+            engine, locks = dead.resume_replay(resume, hooks)
+        else:
+            ids, queue, selected = split_targets(targets, everything, queue, selected)
+            if dry_run:
+                preview(dead, ids, queue, limit, selected, as_json)
+                return
+            if ids is None:
+                what = "all" if not selected else "the selected"
+                confirmed(f"Replay {what} letters of {queue or 'every queue'}?", yes)
+            stop = bool(canary) if stop_on_repeat is None else stop_on_repeat
+            options = Options(canary, rate, to, stop)
+            if wait is not None:
+                options.wait = wait
+            engine, locks = dead.start_replay(ids, queue, limit=limit, options=options, hooks=hooks, **selected)
+        try:
+            for replayed in engine.run():
+                letter = replayed.letter
+                if as_json:
+                    output.json_line({"id": letter.id, "queue": replayed.queue, "changes": replayed.changes})
+                elif not sys.stderr.isatty() or len(engine.record.entries) <= 20:
+                    changes = f"  ({'; '.join(replayed.changes)})" if replayed.changes else ""
+                    click.echo(output.line(f"{letter.id} → {replayed.queue}  {letter.task or '-'}{changes}"))
+        finally:
+            locks.release()
+            engine.journal.close()
+    _report(engine.record, as_json)
+    missing = sorted(set(ids or ()) - set(engine.record.entries))
+    if missing:
+        raise UnknownLetterError(
+            f"no letter {', '.join(missing)}; it was replayed, discarded or evicted, or lies in the DLQ of a queue this app "
+            "does not name: give the queue"
+        )
+    summary = engine.record.summary()
+    if summary["stopped"] or summary["left"]:
+        sys.exit(EXIT_FINDINGS)
+
+
+def _report(record: Record, as_json: bool) -> None:
+    summary = record.summary()
+    if as_json:
+        output.json_line(summary)
+    parts = [f"{summary['replayed']} letters replayed"]
+    parts += [f"{summary[key]} {words}" for key, words in _WORDS.items() if summary[key]]
+    output.say(f"{', '.join(parts)} (replay {record.replay})")
+    if summary["stopped"]:
+        output.say(f"Stopped: {summary['stopped']}. Go on with: celery -A APP dlx replay --resume {record.replay}")
+
+
+_WORDS = {
+    "succeeded": "succeeded",
+    "failed_again": "failed again",
+    "waiting": "without news yet",
+    "left": "left in their dead-letter queue",
+}
+
+
+def _progress(quiet: bool) -> Any:
+    started = time.monotonic()
+
+    def show(record: Record) -> None:
+        if quiet or not sys.stderr.isatty() or len(record.entries) <= 20:
+            return
+        summary = record.summary()
+        rate = summary["replayed"] / max(time.monotonic() - started, 0.001)
+        text = f"{summary['replayed']}/{summary['selected']}  {rate:.0f}/s  {summary['succeeded']} succeeded"
+        click.echo(f"\r{text}  {summary['failed_again']} failed again  {summary['left']} left ", nl=False, err=True)
+
+    return show
+
+
+@contextmanager
+def _interruptible() -> Iterator[Any]:
+    """Ctrl-C ends a replay in good order: what was begun is finished. A second one does not wait for that."""
+    pressed: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(number)
+        output.say("stopping; press Ctrl-C again not to wait")
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@command(name="history")
+@click.option("--all", "everywhere", is_flag=True, help="Also replays on other brokers.")
+@JSON
+def show_history(ctx: click.Context, everywhere: bool, as_json: bool) -> None:
+    """The replays that were run from this machine by this user, oldest first, and what became of their letters."""
+    dead = dead_letters(ctx)
+    records = list(history(None if everywhere else dead.broker_name))
+    if as_json:
+        for record in records:
+            output.json_line(as_history(record))
+        return
+    keys = ["replay", "started", "by", "selection", "selected", "replayed", "succeeded", "failed_again", "waiting", "left"]
+    rows = [[*(as_history(record)[key] for key in keys), as_history(record)["stopped"] or ""] for record in records]
+    output.table([key.replace("_", " ").upper() for key in [*keys, "stopped"]], rows)

@@ -1,0 +1,185 @@
+"""The journal of a replay: what was selected, what left, what became of it. One file each, appended to, never rewritten.
+
+A replay that was killed at any point goes on from its journal; `dlx history` reads them all.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from celery_dlx.errors import UsageError
+from celery_dlx.letters import iso_time
+
+STATE_VARIABLE = "CELERY_DLX_STATE"
+
+
+def state_folder() -> Path:
+    """Where journals are: ``CELERY_DLX_STATE``, else ``celery-dlx`` in the user's state folder (XDG Base Directory)."""
+    named = os.environ.get(STATE_VARIABLE)
+    if named:
+        return Path(named)
+    base = os.environ.get("XDG_STATE_HOME")
+    return (Path(base) if base else Path.home() / ".local" / "state") / "celery-dlx"
+
+
+@dataclass
+class Entry:
+    """One selected letter. ``state``: selected, gone (it was no letter any more), replayed, succeeded, failed."""
+
+    id: str
+    queue: str
+    fingerprint: str
+    state: str = "selected"
+    same: bool = False
+
+
+@dataclass
+class Record:
+    """A whole replay, as its journal tells it."""
+
+    replay: str
+    started: int = 0
+    selection: str = ""
+    by: str = ""
+    broker: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+    entries: dict[str, Entry] = field(default_factory=dict)
+    #: ``None`` while nothing was said: then it runs, or was killed.
+    stopped: str | None = None
+    ended: bool = False
+    running: bool = False
+
+    def summary(self) -> dict[str, Any]:
+        """The object that `dlx replay --json` ends with."""
+        states = [entry.state for entry in self.entries.values()]
+        succeeded, failed = states.count("succeeded"), states.count("failed")
+        left = states.count("selected")
+        return {
+            "replay": self.replay,
+            "selected": len(states),
+            "replayed": len(states) - left - states.count("gone"),
+            "succeeded": succeeded,
+            "failed_again": failed,
+            "waiting": states.count("replayed"),
+            "left": left,
+            "stopped": self.stopped if self.ended else "running" if self.running else "killed",
+        }
+
+    def apply(self, line: dict[str, Any]) -> None:
+        """Take in one line of the journal."""
+        kind = line.get("kind")
+        if kind == "start":
+            self.started, self.selection, self.by = line["started"], line["selection"], line["by"]
+            self.broker, self.options = line["broker"], line["options"]
+        elif kind == "select":
+            for letter_id, queue, mark in line["letters"]:
+                self.entries[letter_id] = Entry(letter_id, queue, mark)
+        elif kind == "state":
+            for letter_id in line["letters"]:
+                if letter_id in self.entries:
+                    self.entries[letter_id].state = line["state"]
+                    self.entries[letter_id].same = bool(line.get("same"))
+        elif kind == "go":
+            self.ended, self.stopped = False, None
+        elif kind == "end":
+            self.ended, self.stopped = True, line["stopped"]
+
+
+class Journal:
+    """An open journal; locked, so that no two processes run the same replay."""
+
+    def __init__(self, record: Record, folder: Path | None = None) -> None:
+        folder = (folder or state_folder()) / "replays"
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.record = record
+        # Ids of letters and queues' names are somebody's data: for the owner's eyes.
+        descriptor = os.open(folder / f"{record.replay}.jsonl", os.O_CREAT | os.O_APPEND | os.O_RDWR, 0o600)
+        self._file = os.fdopen(descriptor, "a", encoding="utf-8")
+        _lock(self._file, f"replay {record.replay} is running already")
+
+    def write(self, kind: str, **line: Any) -> None:
+        """Append a line; it is on disk when this returns."""
+        line = {"kind": kind, "at": int(time.time() * 1000), **line}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.record.apply(line)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class QueueLocks:
+    """Keeps other replays on this machine off the same queues."""
+
+    def __init__(self, broker: str, queues: Iterable[str], replay: str) -> None:
+        folder = state_folder() / "locks"
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._files = []
+        for queue in sorted(set(queues)):
+            name = blake2b(f"{broker}\0{queue}".encode(), digest_size=12).hexdigest()
+            file = os.fdopen(os.open(folder / name, os.O_CREAT | os.O_RDWR, 0o600), "r+", encoding="utf-8")
+            self._files.append(file)
+            holder = file.read().strip()
+            try:
+                _lock(file, f"queue {queue!r} is being replayed already, by replay {holder or '?'}; wait for it, or stop it")
+            except UsageError:
+                self.release()
+                raise
+            file.seek(0)
+            file.truncate()
+            file.write(replay)
+            file.flush()
+
+    def release(self) -> None:
+        for file in self._files:
+            file.close()
+
+
+def _lock(file: Any, refusal: str) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UsageError(refusal) from None
+
+
+def read_record(replay: str, folder: Path | None = None) -> Record:
+    """A replay by its id.
+
+    Raises:
+        UsageError: there is no such journal on this machine.
+    """
+    path = (folder or state_folder()) / "replays" / f"{replay}.jsonl"
+    if not replay.isalnum() or not path.exists():
+        raise UsageError(f"replay {replay!r}: no journal in {path.parent}; `dlx history` lists those there are")
+    record = Record(replay)
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for text in file:
+            try:
+                record.apply(json.loads(text))
+            except (ValueError, KeyError, TypeError, AttributeError):
+                continue  # the line that was being written when the power went
+        try:
+            _lock(file, "")
+        except UsageError:
+            record.running = True
+    return record
+
+
+def history(broker: str | None = None, folder: Path | None = None) -> Iterator[Record]:
+    """All replays of this machine's user, oldest first; of one broker, if named."""
+    place = (folder or state_folder()) / "replays"
+    records = [read_record(path.stem, folder) for path in place.glob("*.jsonl")] if place.is_dir() else []
+    yield from sorted((r for r in records if broker is None or r.broker == broker), key=lambda record: record.started)
+
+
+def as_history(record: Record) -> dict[str, Any]:
+    return {**record.summary(), "started": iso_time(record.started), "selection": record.selection, "by": record.by}
