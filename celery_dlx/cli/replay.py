@@ -29,7 +29,7 @@ def _rate(ctx: click.Context, option: click.Parameter, value: str | None) -> flo
     found = _RATE.fullmatch(value)
     rate = float(found["count"]) / _SECONDS[found["unit"] or "s"] if found else 0
     if rate <= 0:
-        raise UsageError(f"--rate {value}: expected a number of letters per second, such as 50/s, or 600/m")
+        raise click.BadParameter(f"{value}: expected a number of letters per second, such as 50/s, or 600/m")
     return rate
 
 
@@ -39,7 +39,7 @@ def _seconds(ctx: click.Context, option: click.Parameter, value: str | None) -> 
     try:
         return parse_duration(value)
     except ValueError as exc:
-        raise UsageError(f"--wait {value}: {exc}") from None
+        raise click.BadParameter(str(exc)) from None
 
 
 @command(name="replay")
