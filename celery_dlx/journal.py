@@ -84,9 +84,10 @@ class Record:
                 self.entries[letter_id] = Entry(letter_id, queue, mark)
         elif kind == "state":
             for letter_id in line["letters"]:
-                if letter_id in self.entries:
-                    self.entries[letter_id].state = line["state"]
-                    self.entries[letter_id].same = bool(line.get("same"))
+                entry = self.entries.get(letter_id)
+                # Workers may be faster than we are: a letter that has come to its end is not merely replayed.
+                if entry is not None and not (line["state"] == "replayed" and entry.state in ("succeeded", "failed")):
+                    entry.state, entry.same = line["state"], bool(line.get("same"))
         elif kind == "go":
             self.ended, self.stopped = False, None
         elif kind == "end":

@@ -1,0 +1,166 @@
+"""The engine and its journal against a broker made of lists."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from celery_dlx.brokers.base import Replayed
+from celery_dlx.errors import UsageError
+from celery_dlx.groups import group
+from celery_dlx.journal import Journal, QueueLocks, Record, history, read_record
+from celery_dlx.letters import DeadLetter, Original
+from celery_dlx.replay import Options, resume, start
+
+
+class Lists:
+    """A broker whose workers report at once: ``outcome`` says what becomes of each letter."""
+
+    def __init__(self, letters, outcome="succeeded"):
+        self.dlq, self.outcome = list(letters), outcome
+        self.queue, self.reports, self.fail_at = [], [], None
+
+    def watch(self, replay):
+        pass
+
+    def outcomes(self, replay):
+        reports, self.reports = self.reports, []
+        return reports
+
+    def replay(self, queue, match, limit=None, run=None):
+        taken = 0
+        for letter in list(self.dlq):
+            if run.stop() or taken == limit:
+                return
+            if letter.queue != queue or not match(letter):
+                continue
+            taken += 1
+            self.dlq.remove(letter)
+            self.queue.append(letter.id)
+            if self.fail_at == len(self.queue):
+                raise ConnectionError("gone")
+            if self.outcome:
+                self.reports.append({"of": letter.id, "state": self.outcome, "fingerprint": letter.fingerprint})
+            yield Replayed(letter, queue, [])
+
+
+@pytest.fixture(autouse=True)
+def _state(monkeypatch, tmp_path):
+    monkeypatch.setenv("CELERY_DLX_STATE", str(tmp_path))
+
+
+def letters(count, queue="q"):
+    return [DeadLetter(f"{n:032x}", queue, f"{queue}.dlq", "failure", n, Original(), fingerprint="f") for n in range(count)]
+
+
+def run(broker, options=None, found=None, **hooks):
+    engine, locks = start(
+        broker, "redis://", iter(broker.dlq if found is None else found), "all", options or Options(wait=0), **hooks
+    )
+    try:
+        list(engine.run())
+    finally:
+        locks.release()
+        engine.journal.close()
+    return engine.record
+
+
+def again(broker, replay):
+    engine, locks = resume(broker, "redis://", replay)
+    list(engine.run())
+    locks.release()
+    engine.journal.close()
+    return engine.record
+
+
+def counts(record):
+    return {key: value for key, value in record.summary().items() if key != "replay"}
+
+
+def test_all_go_and_are_heard_of():
+    record = run(Lists(letters(5)))
+    assert counts(record) == {
+        "selected": 5, "replayed": 5, "succeeded": 5, "failed_again": 0, "waiting": 0, "left": 0, "stopped": None,
+    }  # fmt: skip
+    (told,) = history("redis://")
+    assert told.summary() == record.summary()
+    assert list(history("amqp://")) == []
+
+
+def test_canaries_that_fail_stop_it_and_new_ones_go_first_when_it_goes_on():
+    broker = Lists(letters(10), "failed")
+    record = run(broker, Options(canary=3, stop_on_repeat=True, wait=0))
+    assert (len(broker.queue), record.summary()["left"]) == (3, 7)
+    broker.outcome = "succeeded"
+    assert (again(broker, record.replay).summary()["succeeded"], len(broker.queue)) == (7, 10)
+
+
+def test_canaries_nobody_reports_on():
+    record = run(Lists(letters(4), None), Options(canary=2, wait=0, patience=0))
+    assert "no news of 2 canaries" in record.stopped
+    assert record.summary()["left"] == 2
+
+
+def test_a_failure_of_another_kind_does_not_stop_it():
+    broker = Lists(letters(3), "failed")
+    record = run(broker, Options(stop_on_repeat=False, wait=0))
+    assert (record.stopped, record.summary()["failed_again"]) == (None, 3)
+
+
+def test_a_broken_connection_leaves_a_journal_to_go_on_from():
+    broker = Lists(letters(6), None)
+    broker.fail_at = 3
+    with pytest.raises(ConnectionError):
+        run(broker)
+    (record,) = history()
+    broker.fail_at = None
+    done = again(broker, record.replay)
+    assert sorted(broker.queue) == [letter.id for letter in letters(6)], "none twice, none lost"
+    assert (done.summary()["replayed"], done.summary()["left"]) == (6, 0)
+
+
+def test_what_is_gone_was_somebody_elses():
+    record = run(Lists(letters(2)), found=letters(4))
+    assert (record.summary()["selected"], record.summary()["replayed"], record.summary()["left"]) == (4, 2, 0)
+
+
+def test_an_interruption_is_said():
+    broker = Lists(letters(5))
+    record = run(broker, interrupted=lambda: len(broker.queue) >= 2)
+    assert (record.stopped, record.summary()["left"]) == ("interrupted", 3)
+
+
+def test_two_at_once_are_refused():
+    locks = QueueLocks("redis://", ["q"], "first")
+    with pytest.raises(UsageError, match="by replay first"):
+        start(Lists([]), "redis://", iter(letters(1)), "all", Options())
+    locks.release()
+
+
+def test_a_journal_that_was_cut_is_read_as_far_as_it_goes(tmp_path):
+    record = run(Lists(letters(3)))
+    path = tmp_path / "replays" / f"{record.replay}.jsonl"
+    assert path.stat().st_mode & 0o777 == 0o600
+    whole = path.read_text().splitlines()
+    path.write_text("\n".join(whole[:-1])[:-5] + "\n[1]\nnull\n")
+    told = read_record(record.replay)
+    assert told.summary()["stopped"] == "killed"
+    assert len(told.entries) == 3
+    with pytest.raises(UsageError, match="no journal"):
+        read_record("../../etc/passwd")
+
+
+def test_a_replay_that_runs_is_called_so():
+    journal = Journal(Record("abc"))
+    journal.write("start", started=1, selection="all", by="me", broker="b", options={})
+    assert read_record("abc").summary()["stopped"] == "running"
+    journal.close()
+    assert json.loads(json.dumps(read_record("abc").summary()))["stopped"] == "killed"
+
+
+def test_groups_count_causes():
+    found = letters(3) + [DeadLetter("x", "q", "q.dlq", "expired", 9, Original(), fingerprint="")]
+    big, small = group(found)
+    assert (big.count, big.first_seen, big.last_seen, big.example) == (3, 1, 2, f"{2:032x}")
+    assert (small.count, small.reason) == (1, "expired")
