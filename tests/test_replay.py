@@ -160,7 +160,7 @@ def test_a_replay_that_runs_is_called_so():
 
 
 def test_groups_count_causes():
-    found = letters(3) + [DeadLetter("x", "q", "q.dlq", "expired", 9, Original(), fingerprint="")]
+    found = [*letters(3), DeadLetter("x", "q", "q.dlq", "expired", 9, Original(), fingerprint="")]
     big, small = group(found)
     assert (big.count, big.first_seen, big.last_seen, big.example) == (3, 1, 2, f"{2:032x}")
     assert (small.count, small.reason) == (1, "expired")
