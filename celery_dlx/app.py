@@ -286,6 +286,14 @@ class DeadLetters:
         """Delete letters for good; yields each. Arguments as for `replay`."""
         return self._each(self.broker.discard, ids, queue, limit, filters)
 
+    def export(self, queue: str, *, limit: int | None = None, **filters: Any) -> Iterator[dict[str, Any]]:
+        """Letters of a queue as JSON-ready objects, byte for byte; `restore` takes them back. Filters as for `letters`."""
+        return self.broker.export(queue, selection.match(**filters), limit)
+
+    def restore(self, lines: Iterable[dict[str, Any]]) -> tuple[int, int]:
+        """Store exported letters under their ids; returns how many, and how many were there already."""
+        return self.broker.restore(lines)
+
     def purge(self, queue: str) -> int:
         """Delete all letters of a queue at once; returns how many there were."""
         return self.broker.purge(queue)

@@ -8,6 +8,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
+from amqp.exceptions import AMQPError
 from kombu.exceptions import KombuError
 from redis.exceptions import RedisError
 
@@ -46,7 +47,11 @@ def examine(dead: DeadLetters) -> Iterator[Check]:
         yield check
     if not policy_ok:
         return
-    kind = dead.app.connection_for_read().transport.driver_type
+    try:
+        kind = dead.app.connection_for_read().transport.driver_type
+    except Exception as exc:  # noqa: BLE001 - kombu looks the transport's name up in many ways
+        yield Check("broker", CRITICAL, f"the broker URL cannot be used: {exc}", "correct the broker URL")
+        return
     reachable = True
     broker = {"amqp": _rabbitmq, "redis": _redis}.get(kind)
     if broker is None:
@@ -65,8 +70,8 @@ def _guarded(name: str, checks: Callable[[], Iterator[Check]]) -> Iterator[Check
         yield from checks()
     except BrokerUnreachableError as exc:
         yield Check(name, CRITICAL, str(exc), "start the broker, or correct the broker URL")
-    except (DeadLetterError, RedisError, OSError) as exc:
-        yield Check(name, CRITICAL, str(exc).splitlines()[0])
+    except (DeadLetterError, RedisError, AMQPError, KombuError, OSError) as exc:
+        yield Check(name, CRITICAL, (str(exc) or type(exc).__name__).splitlines()[0])
 
 
 def _policy(dead: DeadLetters) -> Iterator[Check]:
@@ -92,7 +97,11 @@ def _rabbitmq(dead: DeadLetters) -> Iterator[Check]:
                 "no management API configured: policies, bindings and clocks cannot be checked",
                 "set topology.management_url or CELERY_DLX_MANAGEMENT_URL",
             )
-        plan, _, names = topology.plan()
+        try:
+            plan, _, names = topology.plan()
+        except DeadLetterError as exc:
+            yield Check("management", CRITICAL, str(exc), "correct topology.management_url, or the user's tags")
+            return
         serious = [finding for finding in plan.findings if finding.severity != INFO and finding.code != "DLX131"]
         if plan.steps or serious:
             what = [f"{len(plan.steps)} changes to make"] * bool(plan.steps)
@@ -240,6 +249,8 @@ def _workers(dead: DeadLetters) -> Iterator[Check]:
                 yield Check("workers", CRITICAL, message, "restart it with this policy")
             else:
                 yield Check("workers", OK, f"{name} captures {', '.join(sorted(answer['queues'])) or 'nothing'}")
+        elif managed and answer is None:
+            yield Check("workers", WARNING, f"{name} did not answer in time", "run it again")
         elif managed:
             message = f"{name} consumes {', '.join(managed)} without the bootstep: what dies there is lost"
             yield Check("workers", CRITICAL, message, "restart it with an app that has DeadLetters(app, …)")

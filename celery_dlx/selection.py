@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timedelta, timezone
 from fnmatch import fnmatchcase
 from time import time
+from typing import Any
 
 from celery_dlx.errors import UsageError
 from celery_dlx.letters import DeadLetter, Reason
@@ -56,6 +57,15 @@ def match(
         )
 
     return matches
+
+
+#: Fields of an exported letter that restoring needs, whichever broker it is from.
+_EXPORTED = ("v", "broker", "queue", "id", "body")
+
+
+def is_export(line: Mapping[str, Any]) -> bool:
+    """Whether this is a line of `dlx export`."""
+    return line.get("v") == 1 and all(isinstance(line.get(name), str) for name in _EXPORTED[1:])
 
 
 def _is_type(letter: DeadLetter, pattern: str) -> bool:

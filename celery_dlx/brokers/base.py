@@ -139,6 +139,16 @@ class Broker(Protocol):
     def outcomes(self, replay: str) -> list[dict[str, Any]]:
         """What workers reported since; what was returned before is forgotten only now, for the caller may have died."""
 
+    def export(self, queue: str, match: Match, limit: int | None = None) -> Iterator[dict[str, Any]]:
+        """Matching letters as JSON-ready objects that `restore` takes back exactly; none is removed."""
+
+    def restore(self, lines: Iterable[dict[str, Any]]) -> tuple[int, int]:
+        """Store exported letters again; returns how many, and how many were there already.
+
+        Raises:
+            UsageError: a line of another kind of broker, or one that cannot be read.
+        """
+
     def discard(self, queue: str, match: Match, limit: int | None = None) -> Iterator[DeadLetter]:
         """Delete matching letters for good."""
 

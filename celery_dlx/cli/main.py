@@ -243,3 +243,4 @@ from celery_dlx.cli import groups as _groups  # noqa: E402, F401
 from celery_dlx.cli import policy as _policy  # noqa: E402, F401 - registers its commands
 from celery_dlx.cli import replay as _replay  # noqa: E402, F401
 from celery_dlx.cli import topology as _topology  # noqa: E402, F401
+from celery_dlx.cli import transfer as _transfer  # noqa: E402, F401

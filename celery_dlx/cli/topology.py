@@ -122,7 +122,7 @@ def destroy(ctx: click.Context, queues: tuple[str, ...], dry_run: bool, yes: boo
                 "what only the broker sees die there is lost from now on"
             )
         failures = 0
-        for kind, name, failure in topology.destroy(names, live):
+        for kind, name, failure in topology.destroy(names, live, exchange_too=not queues):
             failures += failure is not None
             if as_json:
                 output.json_line({"kind": kind, "name": name, "done": failure is None, "error": failure})

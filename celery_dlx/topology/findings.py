@@ -63,6 +63,10 @@ KINDS: dict[str, Kind] = {
     "DLX115": Kind(INFO, "the value that was set on the broker counts", "change one of the two, so that they agree"),
     "DLX116": Kind(INFO, "the queue stays as it is: the type only counts for queues we create", "none needed"),
     "DLX117": Kind(INFO, "an operator policy limits what the policy file may ask for", "ask the operators of the broker"),
+    "DLX118": Kind(
+        CRITICAL, "the broker deletes it with all its letters", "take `expires` out of the policy that matches it"
+    ),
+    "DLX119": Kind(CRITICAL, "its letters have nowhere to go", "shorten `topology.queue` or the queue's name"),
     "DLX120": Kind(
         WARNING, "the queue's dead-lettering, or a limit that was copied from another policy, is not as it should be", APPLY
     ),
@@ -89,6 +93,11 @@ KINDS: dict[str, Kind] = {
         CRITICAL,
         "dead-lettering silently falls back to at-most-once",
         "at-least-once needs overflow reject-publish: change the policy or the declaration that says drop-head",
+    ),
+    "DLX153": Kind(
+        WARNING,
+        "they would be lost if their dead-lettering were changed now",
+        "see why its DLQ takes no letters, then apply",
     ),
     "DLX152": Kind(
         INFO,

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from celery_dlx.policy.settings import Policy, QueueSettings
-from celery_dlx.topology.arguments import EXCHANGE_TYPE, dlq_arguments
+from celery_dlx.topology.arguments import EXCHANGE_TYPE, MAX_NAME, dlq_arguments
 from celery_dlx.topology.findings import INFO, Finding
 from celery_dlx.topology.live import NUMERIC, LiveBroker, LivePolicy, LiveQueue
 from celery_dlx.topology.policies import apply_to, beneath, merged, policy_name, same
@@ -55,6 +55,14 @@ def make_plan(policy: Policy, queues: Iterable[str], live: LiveBroker) -> Plan:
     plan = Plan()
     _plan_exchange(plan, policy, live)
     for queue in queues:
+        if len(policy.dlq(queue).encode()) > MAX_NAME:
+            plan.findings.append(Finding("DLX119", queue, f"its DLQ's name has more than {MAX_NAME} bytes"))
+            continue
+        held = live.queues[queue].held if queue in live.queues else 0
+        if held:
+            text = f"{held} messages wait to be dead-lettered; no policy of it is touched until they are gone"
+            plan.findings.append(Finding("DLX153", queue, text))
+            continue
         settings = policy.settings(queue)
         if settings is None or not settings.enabled:
             _plan_removal(plan, queue, live)
@@ -105,11 +113,15 @@ def _plan_dlq(plan: Plan, policy: Policy, queue: str, settings: QueueSettings, l
     why: list[str] = []
     if finite_delivery_limit(found, live.version):
         limit = found.setting("delivery-limit")
-        if "x-delivery-limit" in found.arguments:
-            plan.findings.append(Finding("DLX107", name, f"declared with a delivery limit of {limit}"))
-        else:
+        declared, above = found.arguments.get("x-delivery-limit"), found.above.get("delivery-limit")
+        if live.version >= (4,) and (declared is None or declared < 0) and (above is None or above < 0):
             wanted["delivery-limit"] = -1
             why.append(f"delivery limit {'20, the default' if limit is None else limit}")
+        else:
+            by = "by an operator policy" if above is not None else "by declaration or, on RabbitMQ 3, by a policy"
+            plan.findings.append(Finding("DLX107", name, f"has a delivery limit of {limit} {by}"))
+    if (expires := found.setting("expires")) is not None:
+        plan.findings.append(Finding("DLX118", name, f"is deleted when nobody reads it for {expires} ms"))
     caps = {"max-length": arguments["x-max-length"], "message-ttl": arguments["x-message-ttl"]}
     if "x-max-length-bytes" in arguments:
         caps["max-length-bytes"] = arguments["x-max-length-bytes"]
@@ -120,6 +132,8 @@ def _plan_dlq(plan: Plan, policy: Policy, queue: str, settings: QueueSettings, l
         elif counts is None or counts > value:
             wanted[key] = value
             why.append(f"{key} {'unlimited' if counts is None else counts}")
+        elif counts < value:
+            plan.findings.append(Finding("DLX109", name, f"{key}: expected {value}, a RabbitMQ policy says {counts}"))
     code = "DLX106" if "delivery-limit" in wanted else "DLX108"
     _plan_policy(plan, found, wanted, live, code, ", ".join(why))
 
@@ -139,8 +153,9 @@ def finite_delivery_limit(dlq: LiveQueue, version: tuple[int, ...]) -> bool:
 def _plan_source(plan: Plan, policy: Policy, queue: str, settings: QueueSettings, live: LiveBroker) -> None:
     found = _without_ours(live, queue)
     kind = found.type if found else settings.type
-    if settings.strategy == "at-least-once" and kind == "classic":
-        plan.findings.append(Finding("DLX150", queue, "strategy at-least-once on a classic queue"))
+    if settings.strategy == "at-least-once" and kind != "quorum":
+        what = "a classic queue" if kind else "a queue that does not exist, and without `type: quorum`"
+        plan.findings.append(Finding("DLX150", queue, f"strategy at-least-once on {what}"))
         return
     if found is None:
         if policy.via == "arguments":
@@ -181,9 +196,12 @@ def _want_limits(plan: Plan, settings: QueueSettings, found: LiveQueue, wanted: 
     if found.type == "quorum":
         limits["delivery-limit"] = settings.max_deliveries - 1
     for key, value in limits.items():
-        declared, counts = found.arguments.get(f"x-{key}"), found.setting(key)
-        if counts == value and declared == value:
+        declared = found.arguments.get(f"x-{key}")
+        if declared == value:
             continue
+        if key in found.above and found.above[key] < value:
+            text = f"{key}: expected {value}, operator policy {found.operator_policy!r} says {found.above[key]}"
+            plan.findings.append(Finding("DLX117", found.name, text))
         if declared is not None and 0 <= declared < value:
             code = "DLX114" if key == "delivery-limit" else "DLX115"
             plan.findings.append(Finding(code, found.name, f"{key}: expected {value}, declared with {declared}"))
@@ -198,6 +216,10 @@ def _want_at_least_once(plan: Plan, found: LiveQueue, wanted: dict[str, Any], se
     if found.arguments.get("x-dead-letter-strategy", "at-least-once") != "at-least-once":
         plan.findings.append(Finding("DLX151", found.name, "declared with dead-letter-strategy at-most-once"))
         return
+    if found.given.get("overflow", "reject-publish") != "reject-publish":
+        # Of a quorum queue's overflow the policy's counts, not the argument's.
+        plan.findings.append(Finding("DLX151", found.name, f"policy {found.policy!r} says {found.given['overflow']!r}"))
+        return
     for key, value in (("dead-letter-strategy", "at-least-once"), ("overflow", "reject-publish")):
         if f"x-{key}" not in found.arguments:
             wanted[key] = value
@@ -210,12 +232,19 @@ def _plan_policy(plan: Plan, found: LiveQueue, wanted: Mapping[str, Any], live: 
     known = found.type if found.type in ("classic", "quorum") else None
     if live.policies is None:
         # Another policy may say it already; nobody can tell over AMQP.
-        if wanted:
-            ours = merged(found.name, wanted, None, known, live.version)
-            plan.steps.append(Step(ADD, "policy", ours.name, code, value=ours, note=why))
+        if wanted and any(found.given.get(key) != value for key, value in wanted.items()):
+            seen = LivePolicy(found.policy, "", definition=found.given) if found.policy else None
+            ours = merged(found.name, wanted, seen, known, live.version)
+            first = (
+                f"; give it a priority above that of {found.policy!r}" if found.policy else "; look at list_policies first"
+            )
+            plan.steps.append(Step(ADD, "policy", ours.name, code, value=ours, note=why + first))
         return
     there = next((policy for policy in live.policies if policy.name == policy_name(found.name)), None)
     under, tied = beneath(live.policies, found.name, found.type if known else "classic")
+    if there is None and found.policy is not None:
+        # What the broker says counts more than our reading of its patterns (PCRE).
+        under = next((policy for policy in live.policies if policy.name == found.policy), under)
     if tied and there is None:
         assert under is not None
         text = f"policies of priority {under.priority} both match {found.name!r}, {under.name!r} is one of them"
@@ -232,7 +261,8 @@ def _plan_policy(plan: Plan, found: LiveQueue, wanted: Mapping[str, Any], live: 
         plan.steps.append(Step(REMOVE, "policy", there.name, "DLX123", before=there, note="nothing is left for it to say"))
         return
     ours = merged(found.name, wanted, under, known, live.version)
-    if under is not None and under.priority >= there.priority:
+    actual = live.queues[found.name].policy if found.name in live.queues else there.name
+    if under is not None and (under.priority >= there.priority or actual not in (there.name, None)):
         note = f"policy {under.name!r} of priority {under.priority} counts instead"
         plan.steps.append(Step(CHANGE, "policy", ours.name, "DLX121", value=ours, before=there, note=note))
     elif not same(there, ours) or there.apply_to not in ("queues", apply_to(known, live.version)):

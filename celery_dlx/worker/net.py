@@ -27,8 +27,6 @@ class Net:
         self._consumer = consumer
         self.capturer = capturer
         self._outcomes: deque[Callable[[], None]] = deque()
-        self._letters: deque[Callable[[], None]] = deque()
-        self._letters_scheduled = False
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_read.setblocking(False)
         self._wake_write.setblocking(False)
@@ -82,10 +80,8 @@ class Net:
 
             self.capturer.capture(letter, (lambda: _channel_open(message)) if owned else None, done)
 
-        if not self.looping or self.capturer.eager:
+        if self._on_loop() or not self.looping:
             store()
-        elif self._on_loop():
-            self._later(store)
         else:
             self._soon(store)
 
@@ -123,31 +119,6 @@ class Net:
         """Whether this is the thread of the event loop; under gevent and eventlet, which have none, any greenlet will do."""
         return self._consumer.hub is None or threading.get_ident() == self._thread
 
-    def _later(self, store: Callable[[], None]) -> None:
-        """Store a letter two turns of the loop from now, when the process that ran its task has been given the next one.
-
-        Otherwise that process waits for the letter too, which costs more throughput than the letter takes time.
-        """
-        self._letters.append(store)
-        if not self._letters_scheduled:
-            self._letters_scheduled = True
-            self._consumer.hub.call_soon(self._next_turn)
-
-    def _next_turn(self) -> None:
-        self._consumer.hub.call_soon(self._store_some)
-
-    def _store_some(self) -> None:
-        # One at a time while they come one at a time: in between the loop looks after the pool.
-        for _ in range(min(1 + len(self._letters) // 8, len(self._letters))):
-            self._run(self._letters.popleft())
-        self._letters_scheduled = bool(self._letters) and self.looping
-        if self._letters_scheduled:
-            self._consumer.hub.call_soon(self._store_some)
-
-    def _store_all(self) -> None:
-        while self._letters:
-            self._run(self._letters.popleft())
-
     def _soon(self, outcome: Callable[[], None]) -> None:
         self._outcomes.append(outcome)
         if not self._awake:
@@ -163,14 +134,12 @@ class Net:
         self._thread = threading.get_ident()
         hub.add_reader(self._wake_read, self.run_outcomes)
         self.looping = True
-        self._letters_scheduled = False  # what was scheduled may have gone with the loop that ended
         self.capturer.attach(hub, self._consumer.timer, self._soon)
 
     def unregister(self) -> None:
         """The loop ended: for good, or to start anew after a reconnect."""
         self.looping = False
         self.capturer.detach()
-        self._store_all()
 
     def run_outcomes(self) -> None:
         try:

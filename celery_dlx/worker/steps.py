@@ -6,6 +6,7 @@ Apps know them by name only (`TOPOLOGY`, `CAPTURE` in `celery_dlx.app`): a produ
 from __future__ import annotations
 
 import logging
+from contextlib import closing
 from functools import partial
 from typing import Any
 from weakref import ref
@@ -190,14 +191,18 @@ def _declare_all(app: Any, cover: BrokerCover, connection: Any, managed: dict[An
     plain = []
     try:
         covered = {queue: settings for queue, settings in managed.items() if settings.enabled}
-        declared = _declare_at_once(app, cover, covered)
+        declared = _declare_at_once(app, cover, covered) if covered else set()
         rest = {queue: settings for queue, settings in managed.items() if identity(queue) not in declared}
         for queue, settings in rest.items():
             if settings.enabled:
                 cover.declarer.dead_letter_queue(connection.connection, identity(queue), settings)
         for queue, settings in rest.items():
             queue(connection.default_channel).declare()
-            if settings.enabled and not queue.exclusive and (why := cover.declarer.uncovered(connection.connection, queue)):
+            if (
+                settings.enabled
+                and not (queue.exclusive or queue.no_declare)
+                and (why := cover.declarer.uncovered(connection.connection, queue))
+            ):
                 plain.append((identity(queue), why))
     except DeadLetterError:
         raise
@@ -222,6 +227,9 @@ def _declare_at_once(app: Any, cover: BrokerCover, queues: dict[Any, QueueSettin
     try:
         connection.connect()
         return cover.declarer.declare_at_once(connection.connection, queues)
+    except (AMQPError, OSError) as exc:
+        logger.debug("declaring queues one by one: %s", exc)
+        return set()
     finally:
         connection.collect()
 
@@ -232,14 +240,13 @@ def _without_net(cover: BrokerCover, connection: Any, queues: list[str]) -> list
     if url is None:
         return queues
     user, password = connection.userid or "guest", connection.password or "guest"
-    management = Management(url, user, password, connection.virtual_host or "/", timeout=_MANAGEMENT_TIMEOUT)
     try:
-        live = by_management(management, cover.policy.exchange)
-    except DeadLetterError as exc:
-        logger.debug("policies cannot be seen: %s", exc)
+        management = Management(url, user, password, connection.virtual_host or "/", timeout=_MANAGEMENT_TIMEOUT)
+        with closing(management):
+            live = by_management(management, cover.policy.exchange)
+    except Exception as exc:  # noqa: BLE001 - advice only: whatever it is, the worker starts
+        logger.warning("RabbitMQ policies cannot be seen: %s", exc)
         return queues
-    finally:
-        management.close()
     return [queue for queue in queues if not has_net(live.queues.get(queue), cover.policy.exchange)]
 
 

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import Any
 from uuid import uuid4
 
 import amqp
-from amqp.exceptions import AccessRefused, ChannelError, NotFound, PreconditionFailed
+from amqp.exceptions import ChannelError, NotFound
 
 from celery_dlx.brokers.rabbitmq.declare import SideChannel
 from celery_dlx.brokers.rabbitmq.inspect import clear_policy, set_policy
 from celery_dlx.brokers.rabbitmq.management import Management, ManagementError
 from celery_dlx.errors import TopologyError
 from celery_dlx.policy.settings import Policy
-from celery_dlx.topology.arguments import EXCHANGE_TYPE
-from celery_dlx.topology.live import LiveBroker, LivePolicy
+from celery_dlx.topology.arguments import EXCHANGE_TYPE, version_tuple
+from celery_dlx.topology.live import LiveBroker, LivePolicy, LiveQueue
 from celery_dlx.topology.plan import REMOVE, Plan, Step
 from celery_dlx.topology.policies import PREFIX, as_command, clear_command, exact_pattern, policy_name
 
@@ -31,8 +32,17 @@ def apply_plan(
 
     ``connection`` is an open `kombu.Connection`. A connection that breaks ends it: run it again, it converges.
     """
+    version = version_tuple(connection.connection.server_properties.get("version"))
+    if version[:2] != live.version[:2]:
+        raise TopologyError(
+            f"the broker is a RabbitMQ {version}, the management API one of {live.version}: it is another broker's"
+        )
+    homeless: set[str] = set()
     with SideChannel(connection.connection) as side:
         for step in plan.ordered():
+            if step.kind == "policy" and _source_of(step, policy) & homeless:
+                yield step, "skipped: without its exchange, DLQ and binding the queue would dead-letter into nothing"
+                continue
             try:
                 if step.kind == "policy":
                     yield step, _apply_policy(step, management, live)
@@ -40,7 +50,13 @@ def apply_plan(
                     _declare(step, side, policy)
                     yield step, None
             except (ChannelError, ManagementError) as exc:
+                homeless.add("" if step.kind == "exchange" else step.name)
                 yield step, str(getattr(exc, "reply_text", None) or exc)
+
+
+def _source_of(step: Step, policy: Policy) -> set[str]:
+    """What a policy step depends on: the exchange, and the DLQ of its queue."""
+    return {"", policy.dlq(step.name.removeprefix(PREFIX))}
 
 
 def _declare(step: Step, side: SideChannel, policy: Policy) -> None:
@@ -67,7 +83,7 @@ def command_for(step: Step, vhost: str) -> str:
     return clear_command(step.before, vhost) if step.action == REMOVE else as_command(step.value, vhost)
 
 
-def probe(connection: Any, policy: Policy, management: Management | None) -> None:
+def probe(connection: Any, policy: Policy, management: Management | None, live: LiveBroker) -> None:
     """Prove that the broker dead-letters: a message that dies in a private queue must come out of a private DLQ.
 
     Nothing of it remains. With a management API the private queue gets its settings by a policy, as live queues do.
@@ -79,7 +95,8 @@ def probe(connection: Any, policy: Policy, management: Management | None) -> Non
     arguments: dict[str, Any] = {"x-expires": 60_000}
     settings = {"dead-letter-exchange": policy.exchange, "dead-letter-routing-key": name}
     if management is not None:
-        temporary = LivePolicy(policy_name(name), exact_pattern(name), "queues", settings, 1)
+        priority = max((found.priority for found in live.policies or ()), default=0) + 1
+        temporary = LivePolicy(policy_name(name), exact_pattern(name), "queues", settings, priority)
         set_policy(management, temporary)
     else:
         arguments.update({f"x-{key}": value for key, value in settings.items()})
@@ -123,7 +140,7 @@ def destroy(
     queues: Iterable[str],
     management: Management | None,
     live: LiveBroker,
-    shared: Callable[[str], bool] = lambda queue: False,
+    exchange_too: bool = True,
 ) -> Iterator[tuple[str, str, str | None]]:
     """Take the topology away, in reverse order; yields kind, name, and ``None`` or why it is still there.
 
@@ -132,14 +149,25 @@ def destroy(
     with SideChannel(connection.connection) as side:
         for queue in queues:
             name, dlq = policy_name(queue), policy.dlq(queue)
-            there = [found for found in live.policies or () if found.name in (name, policy_name(dlq))]
+            there = {found.name: found for found in live.policies or () if found.name in (name, policy_name(dlq))}
             reason = _cannot_go(side, queue, dlq, live)
-            for found in there:
-                yield "policy", found.name, reason or _clear(management, found, live)
+            if live.policies is None and _may_have(live.queues.get(queue), name):
+                command = clear_command(LivePolicy(name, ""), live.vhost)
+                reason = reason or f"a policy of ours may be on it, which cannot be seen; run: {command}"
+            if name in there:
+                reason = reason or _clear(management, there[name], live)
+                yield "policy", name, reason
             if dlq in live.queues:
-                yield "queue", dlq, reason or _delete_empty(side, policy.exchange, dlq, queue)
-        if policy.exchange in live.exchanges:
+                reason = reason or _delete_empty(side, policy.exchange, dlq, queue)
+                yield "queue", dlq, reason
+            if policy_name(dlq) in there:  # last: without it what is left in the DLQ might not be looked at safely
+                yield "policy", policy_name(dlq), reason or _clear(management, there[policy_name(dlq)], live)
+        if exchange_too and policy.exchange in live.exchanges:
             yield "exchange", policy.exchange, _delete_exchange(side, policy.exchange)
+
+
+def _may_have(queue: LiveQueue | None, policy: str) -> bool:
+    return queue is not None and queue.policy in (None, policy) and "x-dead-letter-exchange" not in queue.arguments
 
 
 def _cannot_go(side: SideChannel, queue: str, dlq: str, live: LiveBroker) -> str | None:
@@ -147,8 +175,14 @@ def _cannot_go(side: SideChannel, queue: str, dlq: str, live: LiveBroker) -> str
     if source is not None and source.held:
         return f"{source.held} messages of {queue!r} wait to be dead-lettered, and would be lost; wait for messages_dlx 0"
     found = side.live_queue(dlq)
-    if found is not None and found.message_count:
-        return f"{found.message_count} letters would be lost; replay, export or purge them first"
+    if found is None:
+        return None
+    # Over AMQP only those that nobody is looking at are counted.
+    letters = max(found.message_count, live.queues[dlq].messages if dlq in live.queues else 0)
+    if letters:
+        return f"{letters} letters would be lost; replay, export or purge them first"
+    if found.consumer_count:
+        return f"{found.consumer_count} programs are reading {dlq!r}; wait for them"
     return None
 
 
@@ -167,13 +201,15 @@ def _delete_empty(side: SideChannel, exchange: str, dlq: str, queue: str) -> str
     try:
         side.channel.queue_unbind(dlq, exchange, queue)
         live = side.live_queue(dlq)
-        if live is not None and live.message_count:
+        if live is not None and (live.message_count or live.consumer_count):
             side.channel.queue_bind(dlq, exchange, queue)
-            return f"{live.message_count} letters came meanwhile; replay, export or purge them first"
+            return f"{live.message_count} letters came meanwhile, or somebody reads it; replay, export or purge them first"
         side.channel.queue_delete(dlq)
     except NotFound:
         return None
-    except (AccessRefused, PreconditionFailed, ChannelError) as exc:
+    except ChannelError as exc:
+        with suppress(ChannelError):
+            side.channel.queue_bind(dlq, exchange, queue)  # it stays: then letters must find it
         return str(exc.reply_text)
     return None
 

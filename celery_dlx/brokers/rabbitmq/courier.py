@@ -228,4 +228,4 @@ class Courier:
 
 def reason_of(exc: BaseException) -> str:
     """One line for a log: the broker's sentence where it has one."""
-    return str(getattr(exc, "reply_text", None) or exc or type(exc).__name__).splitlines()[0]
+    return str(getattr(exc, "reply_text", None) or str(exc) or type(exc).__name__).splitlines()[0]

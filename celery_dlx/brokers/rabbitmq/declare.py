@@ -138,7 +138,7 @@ class Declarer:
         everything = [
             (queue, settings)
             for queue, settings in queues.items()
-            if not (queue.exclusive or queue.on_declared or not queue.name)
+            if not (queue.exclusive or queue.no_declare or queue.on_declared or not queue.name)
             and len(self._policy.dlq(identity(queue)).encode()) <= MAX_NAME
         ]
         # Creating a quorum queue takes the broker milliseconds: a few channels share the waiting.

@@ -10,7 +10,7 @@ from urllib.parse import quote
 from amqp.exceptions import AccessRefused, PreconditionFailed, ResourceLocked
 
 from celery_dlx.brokers.rabbitmq.declare import SideChannel
-from celery_dlx.brokers.rabbitmq.management import Management, ManagementDeniedError
+from celery_dlx.brokers.rabbitmq.management import Management, ManagementDeniedError, ManagementError
 from celery_dlx.policy.settings import Policy
 from celery_dlx.topology.arguments import EXCHANGE_TYPE, dlq_arguments, source_arguments, version_tuple
 from celery_dlx.topology.live import LiveBroker, LivePolicy, LiveQueue
@@ -32,17 +32,25 @@ def by_management(management: Management, exchange: str) -> LiveBroker:
     """
     vhost = management.vhost
     overview = management.get("overview") or {}
+    if not overview.get("rabbitmq_version"):
+        raise ManagementError(f"{management.url}: no version of RabbitMQ in its answer; is this its management API?")
+    listed = management.get("queues", vhost, query=_FRESH)
+    if listed is None:
+        raise ManagementError(f"{management.url}: there is no virtual host {vhost!r}; check the broker URL")
     tags = (management.get("whoami") or {}).get("tags", [])
     tags = tags.split(",") if isinstance(tags, str) else list(tags)
     policies, limits = _policies(management, "policies"), _policies(management, "operator-policies")
-    queues = {found["name"]: _queue(found) for found in management.get("queues", vhost, query=_FRESH) or ()}
+    queues = {found["name"]: _queue(found) for found in listed}
     for queue in queues.values():
         queue.given, queue.above = _definition(policies, queue.policy), _definition(limits, queue.operator_policy)
-    if any(queue.setting("dead-letter-strategy") == "at-least-once" for queue in queues.values()):
-        # Only with the statistics it is told how many messages are held back, and only where that can be is it asked.
+    if policies is None or any(queue.setting("dead-letter-strategy") == "at-least-once" for queue in queues.values()):
+        # Only the (older, larger) listing with statistics tells how many messages are held back, and what policies say
+        # to a user who may not see them.
         for found in management.get("queues", vhost) or ():
             if found["name"] in queues:
                 queues[found["name"]].held = found.get("messages_dlx") or 0
+                if policies is None:
+                    queues[found["name"]].given = found.get("effective_policy_definition") or {}
     bindings = management.get("exchanges", vhost, exchange, "bindings", "source") or ()
     return LiveBroker(
         version=version_tuple(overview.get("rabbitmq_version")),
@@ -146,7 +154,10 @@ def arguments_over_amqp(side: SideChannel, name: str, guess: dict[str, Any]) -> 
 
     Nothing is created: the queue is looked for first. ``None``: there is none.
     """
-    live = side.live_queue(name)
+    try:
+        live = side.live_queue(name)
+    except ResourceLocked:
+        return LiveQueue(name, "unknown", exclusive=True)
     if live is None:
         return None
     arguments, durable, auto_delete = dict(guess), True, False

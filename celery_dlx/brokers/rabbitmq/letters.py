@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping
 from typing import Any
 
 import amqp
+from amqp.serialization import decode_properties_basic
 
-from celery_dlx.brokers.rabbitmq.framing import encode_table
+from celery_dlx.brokers.rabbitmq.framing import encode_properties, encode_table
+from celery_dlx.errors import UsageError
 from celery_dlx.letters import HEADER, DeadLetter, Original, clip, read_broker_death, read_record
+from celery_dlx.policy.settings import Policy
 from celery_dlx.replaying import revive_expiration, revive_headers
 
 #: Added by quorum queues at delivery: not the producer's.
@@ -99,6 +103,39 @@ def letter_of(raw: amqp.Message, queue: str, dlq: str) -> DeadLetter:
         letter.queue = letter.queue or queue
         return letter
     return read_broker_death(original.headers, original, dlq, queue)
+
+
+def exported(raw: amqp.Message, letter: DeadLetter) -> dict[str, Any]:
+    """A letter as JSON: headers and properties as AMQP encodes them, for JSON has not all their types."""
+    properties = {key: value for key, value in raw.properties.items() if key != "delivery_info"}
+    body = raw.body.encode("utf-8", "surrogateescape") if isinstance(raw.body, str) else bytes(raw.body or b"")
+    return {
+        "v": 1,
+        "broker": "rabbitmq",
+        "queue": letter.queue,
+        "id": letter.id,
+        "properties": base64.b64encode(encode_properties(properties, amqp.Message.PROPERTIES)).decode(),
+        "body": base64.b64encode(body).decode(),
+    }
+
+
+def imported(line: Mapping[str, Any], policy: Policy) -> tuple[amqp.Message, DeadLetter]:
+    """The message of an exported line, and the letter it is.
+
+    Raises:
+        UsageError: it is not one of RabbitMQ's, or cannot be read.
+    """
+    if line["broker"] != "rabbitmq":
+        raise UsageError(f"letter {line['id']} was exported from {line['broker']}, this broker is RabbitMQ")
+    try:
+        properties, _ = decode_properties_basic(base64.b64decode(line["properties"], validate=True), 0)
+        body = base64.b64decode(line["body"], validate=True)
+    except Exception as exc:  # noqa: BLE001 - a decoder over a stranger's bytes
+        raise UsageError(f"letter {line['id']}: not as it was exported ({type(exc).__name__})") from None
+    message = amqp.Message(body, **properties)
+    letter = letter_of(message, line["queue"], policy.dlq(line["queue"]))
+    letter.id = line["id"]
+    return message, letter
 
 
 def revived(letter: DeadLetter, user: str | None, replay: str | None = None) -> tuple[amqp.Message, list[str]]:

@@ -7,12 +7,17 @@ import http.client
 import json
 import ssl
 import time
+from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
-from celery_dlx.errors import BrokerUnreachableError, DeadLetterError
+from celery_dlx.errors import BrokerUnreachableError, DeadLetterError, UsageError
 
+_TAG = (
+    "add the tag management, or policymaker to set policies (`rabbitmqctl set_user_tags` replaces all tags: name those it "
+    "has too)"
+)
 #: Waiting for one answer, in seconds.
 TIMEOUT = 15.0
 
@@ -41,8 +46,16 @@ class Management:
         timeout: float = TIMEOUT,
         context: ssl.SSLContext | None = None,
     ) -> None:
-        parts = urlsplit(url)
-        self._host, self._port = parts.hostname or "", parts.port
+        try:
+            parts = urlsplit(url)
+            self._host, self._port = parts.hostname or "", parts.port
+            self._host.encode("idna")
+        except ValueError:
+            parts = urlsplit("")  # the error's own text may hold a piece of the password
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise UsageError(
+                "topology.management_url: expected http://HOST:PORT or https://…; write # / @ in credentials as %23 %2F %40"
+            )
         self._https, self._path = parts.scheme == "https", parts.path.rstrip("/")
         self.user = unquote(parts.username) if parts.username else user
         secret = unquote(parts.password) if parts.password else password
@@ -79,24 +92,22 @@ class Management:
         where = f"{self._path}/api/" + "/".join(quote(part, safe="") for part in path) + (f"?{query}" if query else "")
         status, data = self._exchange(method, where, None if body is None else json.dumps(body))
         what = f"{self.url}: {method} {'/'.join(path)}"
-        if status == 404:
+        if status == 404 and method != "PUT":
             return None
         if status == 401:
             # RabbitMQ answers 401 both to a wrong password and to a user without any management tag.
             reason = _reason(data)
             if "not_authorised" in data and "management" in reason.lower():
                 raise ManagementDeniedError(
-                    f"{self.url}: user {self.user!r} may not use the management API ({reason}); give it the tag management, "
-                    f"or policymaker to set policies: rabbitmqctl set_user_tags {self.user} policymaker"
+                    f"{self.url}: user {self.user!r} may not use the management API ({reason}); {_TAG}"
                 )
             raise ManagementDeniedError(
-                f"{self.url}: the management API refuses user {self.user!r}: wrong password, or no tag "
-                f"(rabbitmqctl set_user_tags {self.user} policymaker)"
+                f"{self.url}: the management API refuses user {self.user!r}: wrong password, or no tag; {_TAG}"
             )
         if status == 403:
             raise ManagementDeniedError(f"{what}: user {self.user!r} may not do that: {_reason(data)}")
-        if status >= 400:
-            raise ManagementError(f"{what}: {status} {_reason(data)}")
+        if not 200 <= status < 300:
+            raise ManagementError(f"{what}: {status} {_reason(data)}; is this RabbitMQ's management API?")
         if not data:
             return None
         try:
@@ -117,7 +128,8 @@ class Management:
             data = response.read().decode("utf-8", "replace")
             self.requests += 1
             if date := response.getheader("Date"):
-                self.clock_skew = parsedate_to_datetime(date).timestamp() - time.time()
+                with suppress(ValueError, TypeError):
+                    self.clock_skew = parsedate_to_datetime(date).timestamp() - time.time()
             return response.status, data
         except (http.client.HTTPException, OSError) as exc:
             self.close()
@@ -148,5 +160,5 @@ def _unreachable(url: str, exc: Exception) -> BrokerUnreachableError:
             f"{url}: the certificate cannot be verified ({exc.verify_message}); add its authority to the system's, or "
             "name it in SSL_CERT_FILE"
         )
-    reason = str(getattr(exc, "strerror", None) or exc or type(exc).__name__).splitlines()[0]
+    reason = str(getattr(exc, "strerror", None) or str(exc) or type(exc).__name__).splitlines()[0]
     return BrokerUnreachableError(f"{url}: the management API does not answer: {reason}; check `topology.management_url`")

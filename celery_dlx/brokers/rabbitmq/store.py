@@ -15,9 +15,9 @@ from typing import Any
 from amqp.exceptions import AMQPError, ChannelError, NotFound
 
 from celery_dlx.brokers.base import Match, QueueStats, Replayed, Run
-from celery_dlx.brokers.rabbitmq.declare import SideChannel
+from celery_dlx.brokers.rabbitmq.declare import Declarer, SideChannel
 from celery_dlx.brokers.rabbitmq.inspect import arguments_over_amqp, by_management
-from celery_dlx.brokers.rabbitmq.letters import letter_of, revived
+from celery_dlx.brokers.rabbitmq.letters import exported, imported, letter_of, revived
 from celery_dlx.brokers.rabbitmq.management import Management
 from celery_dlx.brokers.rabbitmq.pipeline import RETURNED, STORED, ConfirmPipeline
 from celery_dlx.brokers.rabbitmq.reader import CHANNELS, PER_CHANNEL, Reader
@@ -137,15 +137,18 @@ class RabbitMQBroker:
         guess = dlq_arguments(self._policy.settings(queue) or BUILT_IN, version)
         with SideChannel(connection.connection) as side:
             found = arguments_over_amqp(side, dlq, guess)
-        if found is None or not finite_delivery_limit(found, version):
+        if found is None:
             return
         if self._management_url:  # a policy may have lifted the limit: AMQP cannot tell
             user, password = connection.userid or "guest", connection.password or "guest"
             management = Management(self._management_url, user, password, connection.virtual_host or "/")
             with closing(management):
                 live = by_management(management, self._policy.exchange)
-            if dlq in live.queues and not finite_delivery_limit(live.queues[dlq], version):
-                return
+            if dlq in live.queues:
+                found = live.queues[dlq]
+        unknown = found.type == "unknown" and version >= (4,) and not self._management_url
+        if not unknown and not finite_delivery_limit(found, version):
+            return
         limit = found.setting("delivery-limit")
         raise UnsafeQueueError(
             f"{dlq!r} has a delivery limit of {'20, the default' if limit is None else limit}: letters that are looked at "
@@ -270,6 +273,65 @@ class RabbitMQBroker:
         except NotFound:
             self._reports = None
         return found
+
+    def export(self, queue: str, match: Match, limit: int | None = None) -> Iterator[dict[str, Any]]:
+        dlq = self._policy.dlq(queue)
+        reader, taken = self._reader(queue, dlq), 0
+        try:
+            for raw in reader:
+                letter = letter_of(raw, queue, dlq)
+                if not match(letter):
+                    continue
+                yield exported(raw, letter)
+                taken += 1
+                if taken == limit:
+                    break
+        finally:
+            reader.close()
+
+    def restore(self, lines: Iterable[dict[str, Any]]) -> tuple[int, int]:
+        there: dict[str, set[str]] = {}
+        refused: list[str] = []
+        restored = present = 0
+
+        def on_outcome(token: _InFlight, outcome: str) -> None:
+            if outcome != STORED:
+                refused.append(f"{token.key} ({outcome})")
+
+        with self._connect() as publishing:
+            publishing.connect()
+            pipeline = ConfirmPipeline(publishing.connection, on_outcome)
+            for line in lines:
+                message, letter = imported(line, self._policy)
+                if letter.queue not in there:
+                    self._make_dlq(publishing, letter.queue)
+                    there[letter.queue] = self._ids(letter.queue)
+                if letter.id in there[letter.queue]:
+                    present += 1
+                    continue
+                there[letter.queue].add(letter.id)
+                pipeline.publish(_InFlight(letter, None, [], letter.dlq), message, "", letter.dlq)
+                restored += 1
+                if pipeline.unconfirmed >= WINDOW:
+                    self._await(pipeline, WINDOW // 2)
+            self._await(pipeline, 0)
+        if refused:
+            raise ReplayError(f"{len(refused)} letters were not taken by the broker, first {refused[0]}; import again")
+        return restored, present
+
+    def _make_dlq(self, connection: Any, queue: str) -> None:
+        settings = self._policy.settings(queue) or BUILT_IN
+        Declarer(self._policy).dead_letter_queue(connection.connection, queue, settings)
+
+    def _ids(self, queue: str) -> set[str]:
+        ids: set[str] = set()
+
+        def collect(letter: DeadLetter) -> bool:
+            ids.add(letter.id)
+            return False
+
+        self._browse(queue, collect, None)
+        return ids
 
     def discard(self, queue: str, match: Match, limit: int | None = None) -> Iterator[DeadLetter]:
         dlq = self._policy.dlq(queue)

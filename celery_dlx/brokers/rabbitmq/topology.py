@@ -114,13 +114,15 @@ class RabbitMQTopology:
         """
         management = self.management if live.may_set_policies and live.sees_policies else None
         try:
-            applying.probe(self.connection, self._policy, management)
+            applying.probe(self.connection, self._policy, management, live)
         except ManagementDeniedError as exc:
             return str(exc)
         except AMQPError as exc:
             return f"not permitted: {getattr(exc, 'reply_text', None) or exc}"
         return None
 
-    def destroy(self, queues: Iterable[str], live: LiveBroker) -> Iterator[tuple[str, str, str | None]]:
+    def destroy(
+        self, queues: Iterable[str], live: LiveBroker, exchange_too: bool = True
+    ) -> Iterator[tuple[str, str, str | None]]:
         """Take everything of ours away; yields kind, name, and ``None`` or why it stays."""
-        return applying.destroy(self.connection, self._policy, queues, self.management, live)
+        return applying.destroy(self.connection, self._policy, queues, self.management, live, exchange_too)

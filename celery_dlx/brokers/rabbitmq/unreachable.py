@@ -14,5 +14,5 @@ def unreachable(connection: Any, exc: BaseException) -> BrokerUnreachableError:
     uri = connection.as_uri()
     if isinstance(exc, AccessRefused):
         return BrokerUnreachableError(f"{uri}: the broker refuses the user or password; check the broker URL")
-    reason = str(getattr(exc, "strerror", None) or exc or type(exc).__name__).splitlines()[0]
+    reason = str(getattr(exc, "strerror", None) or str(exc) or type(exc).__name__).splitlines()[0]
     return BrokerUnreachableError(f"{uri}: {reason}; is the broker running, and the broker URL right?")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
@@ -11,7 +12,7 @@ import redis
 from celery_dlx.brokers.base import Match, QueueStats, Replayed, Run
 from celery_dlx.brokers.redis.letters import letter_of, parse_item, revived
 from celery_dlx.brokers.redis.store import LetterStore, is_full
-from celery_dlx.errors import BrokerUnreachableError, StoreFullError
+from celery_dlx.errors import BrokerUnreachableError, StoreFullError, UsageError
 from celery_dlx.letters import DeadLetter
 from celery_dlx.policy.settings import Policy
 from celery_dlx.replaying import read_report
@@ -117,6 +118,35 @@ class RedisBroker:
         found = self._store.reports(replay, self._reported)
         self._reported = len(found)
         return [read_report(report) for report in found]
+
+    def export(self, queue: str, match: Match, limit: int | None = None) -> Iterator[dict[str, Any]]:
+        for letter_id, score, record, item in islice(self._matching(queue, match, _BATCH), limit):
+            yield {
+                "v": 1,
+                "broker": "redis",
+                "queue": queue,
+                "id": letter_id,
+                "score": repr(score),
+                "record": base64.b64encode(record or b"{}").decode(),
+                "body": base64.b64encode(item or b"").decode(),
+            }
+
+    def restore(self, lines: Iterable[dict[str, Any]]) -> tuple[int, int]:
+        restored = present = 0
+        for line in lines:
+            if line["broker"] != "redis":
+                raise UsageError(f"letter {line['id']} was exported from {line['broker']}, this broker is Redis")
+            try:
+                score = repr(float(line["score"]))
+                record, item = (base64.b64decode(line[key], validate=True) for key in ("record", "body"))
+            except (KeyError, ValueError, TypeError):
+                raise UsageError(
+                    f"letter {line['id']}: not as it was exported; {restored} were restored before it"
+                ) from None
+            self._store.announce(line["queue"])
+            stored = self._store.restore_letter(line["queue"], line["id"], score, record, item)
+            restored, present = restored + stored, present + (not stored)
+        return restored, present
 
     def discard(self, queue: str, match: Match, limit: int | None = None) -> Iterator[DeadLetter]:
         chosen = islice((letter for letter in list(self.browse(queue)) if match(letter)), limit)

@@ -175,6 +175,10 @@ class LetterStore:
         keys = [*self.keys(queue)[:4], *(self.prefix + key for key in lists)]
         return {member.decode() for member in self._scripts["replay"](keys=keys, args=args)}
 
+    def restore_letter(self, queue: str, letter_id: str, score: str, record: bytes, item: bytes) -> bool:
+        """Put a letter back as it was; ``False`` if it is there."""
+        return bool(self._scripts["import"](keys=self.keys(queue)[:4], args=[letter_id, score, record, item]))
+
     def discard(self, queue: str, ids: Sequence[str]) -> set[str]:
         """Delete letters; returns the ids that were there."""
         return {member.decode() for member in self._scripts["discard"](keys=self.keys(queue)[:4], args=list(ids))}
