@@ -115,6 +115,30 @@ def test_a_limit_of_the_dlq_is_lifted_by_policy_where_it_is_the_default():
     assert [finding.code for finding in plan.findings] == ["DLX107"]
 
 
+def test_a_policy_for_other_queues_does_not_shorten_a_dlq():
+    broad = LivePolicy(
+        "broad", ".*", "all", {"max-length": 5, "expires": 9, "message-ttl": 1, "queue-leader-locator": "balanced"}, 3
+    )
+    settings = POLICY.settings("emails")
+    dlq = LiveQueue("emails.dlq", "quorum", dlq_arguments(settings, (4, 0)), policy="broad", given=broad.definition)
+    plan = make_plan(POLICY, ["emails"], broker(POLICY, dlq, policies=[broad]))
+    (step,) = [step for step in plan.steps if step.name == "celery-dlx.emails.dlq"]
+    assert step.code == "DLX106"
+    assert step.value.definition == {
+        "queue-leader-locator": "balanced", "max-length": 100_000, "message-ttl": 15_552_000_000,
+    }  # fmt: skip
+    ours = step.value
+    dlq = replace(dlq, policy=ours.name, given=ours.definition)
+    again = make_plan(POLICY, ["emails"], broker(POLICY, dlq, policies=[broad, ours]))
+    assert [step for step in again.steps if step.name == ours.name] == []
+
+
+def test_messages_that_are_held_are_not_lost_by_a_change():
+    source = LiveQueue("emails", "quorum", held=7)
+    plan = make_plan(POLICY, ["emails"], broker(POLICY, source))
+    assert (plan.steps, [finding.code for finding in plan.findings]) == ([], ["DLX153"])
+
+
 @given(st.text(min_size=1, max_size=30), st.text(min_size=1, max_size=30))
 def test_a_pattern_matches_its_queue_and_no_other(name, other):
     pattern = re.compile(exact_pattern(name))

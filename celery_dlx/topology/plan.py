@@ -14,6 +14,21 @@ from celery_dlx.topology.policies import apply_to, beneath, merged, policy_name,
 
 ADD, CHANGE, REMOVE = "add", "change", "remove"
 
+#: What a policy may say of other queues, and must not of a DLQ.
+_HARM_LETTERS = frozenset(
+    {
+        "delivery-limit",
+        "dead-letter-exchange",
+        "dead-letter-routing-key",
+        "dead-letter-strategy",
+        "expires",
+        "max-length",
+        "max-length-bytes",
+        "message-ttl",
+        "overflow",
+    }
+)
+
 
 @dataclass(frozen=True)
 class Step:
@@ -112,30 +127,30 @@ def _plan_dlq(plan: Plan, policy: Policy, queue: str, settings: QueueSettings, l
     wanted: dict[str, Any] = {}
     why: list[str] = []
     if finite_delivery_limit(found, live.version):
-        limit = found.setting("delivery-limit")
-        declared, above = found.arguments.get("x-delivery-limit"), found.above.get("delivery-limit")
-        if live.version >= (4,) and (declared is None or declared < 0) and (above is None or above < 0):
+        limit, declared = found.setting("delivery-limit"), found.arguments.get("x-delivery-limit", -1)
+        if declared >= 0 or found.above.get("delivery-limit", -1) >= 0:
+            by = "by declaration" if declared >= 0 else "by an operator policy"
+            plan.findings.append(Finding("DLX107", name, f"has a delivery limit of {limit} {by}"))
+        elif live.version >= (4,):
             wanted["delivery-limit"] = -1
             why.append(f"delivery limit {'20, the default' if limit is None else limit}")
-        else:
-            by = "by an operator policy" if above is not None else "by declaration or, on RabbitMQ 3, by a policy"
-            plan.findings.append(Finding("DLX107", name, f"has a delivery limit of {limit} {by}"))
-    if (expires := found.setting("expires")) is not None:
-        plan.findings.append(Finding("DLX118", name, f"is deleted when nobody reads it for {expires} ms"))
-    caps = {"max-length": arguments["x-max-length"], "message-ttl": arguments["x-message-ttl"]}
-    if "x-max-length-bytes" in arguments:
-        caps["max-length-bytes"] = arguments["x-max-length-bytes"]
+    if (expires := found.arguments.get("x-expires")) is not None:
+        plan.findings.append(Finding("DLX118", name, f"declared to be deleted when nobody reads it for {expires} ms"))
+    caps = {key[2:]: value for key, value in arguments.items() if key.startswith(("x-max-length", "x-message-ttl"))}
+    # A policy for other queues that matches the DLQ too (`.*`) is no wish for it: what harms letters is not carried over.
+    meant_for_others = sorted(key for key in _HARM_LETTERS & found.given.keys() if found.given[key] != caps.get(key))
+    if meant_for_others:
+        why.append(f"policy {found.policy!r} says {', '.join(meant_for_others)} of it")
     for key, value in caps.items():
         declared, counts = found.arguments.get(f"x-{key}"), found.setting(key)
         if declared is not None and declared < value:
             plan.findings.append(Finding("DLX109", name, f"{key}: expected {value}, declared with {declared}"))
-        elif counts is None or counts > value:
+        elif meant_for_others or counts is None or counts > value:
             wanted[key] = value
-            why.append(f"{key} {'unlimited' if counts is None else counts}")
-        elif counts < value:
-            plan.findings.append(Finding("DLX109", name, f"{key}: expected {value}, a RabbitMQ policy says {counts}"))
-    code = "DLX106" if "delivery-limit" in wanted else "DLX108"
-    _plan_policy(plan, found, wanted, live, code, ", ".join(why))
+            if not meant_for_others:
+                why.append(f"{key} {'unlimited' if counts is None else counts}")
+    harmful = bool({"delivery-limit", "expires"} & {*wanted, *meant_for_others})
+    _plan_policy(plan, found, wanted, live, "DLX106" if harmful else "DLX108", ", ".join(why), drop=_HARM_LETTERS)
 
 
 def finite_delivery_limit(dlq: LiveQueue, version: tuple[int, ...]) -> bool:
@@ -227,7 +242,15 @@ def _want_at_least_once(plan: Plan, found: LiveQueue, wanted: dict[str, Any], se
         plan.findings.append(Finding("DLX152", found.name, "strategy at-least-once with a maximum length"))
 
 
-def _plan_policy(plan: Plan, found: LiveQueue, wanted: Mapping[str, Any], live: LiveBroker, code: str, why: str) -> None:
+def _plan_policy(
+    plan: Plan,
+    found: LiveQueue,
+    wanted: Mapping[str, Any],
+    live: LiveBroker,
+    code: str,
+    why: str,
+    drop: frozenset[str] = frozenset(),
+) -> None:
     """Plan our policy for one queue: there if something is wanted that the queue does not have by itself, else not."""
     known = found.type if found.type in ("classic", "quorum") else None
     if live.policies is None:
@@ -249,6 +272,9 @@ def _plan_policy(plan: Plan, found: LiveQueue, wanted: Mapping[str, Any], live: 
         assert under is not None
         text = f"policies of priority {under.priority} both match {found.name!r}, {under.name!r} is one of them"
         plan.findings.append(Finding("DLX122", found.name, text))
+    if under is not None and drop:
+        kept = {key: value for key, value in under.definition.items() if key not in drop}
+        under = replace(under, definition=kept)
     wanted = _respecting(plan, found, dict(wanted), under)
     beyond = {key: value for key, value in wanted.items() if (under.definition.get(key) if under else None) != value}
     if there is None:
@@ -274,8 +300,6 @@ def _respecting(plan: Plan, found: LiveQueue, wanted: dict[str, Any], under: Liv
     """Leave to the policy beneath what somebody set there: its limits are never overridden, its exchange not either."""
     says = under.definition if under else {}
     for key in [key for key in wanted if key in NUMERIC and key in says]:
-        if key == "delivery-limit" and wanted[key] == -1:
-            continue  # a DLQ that deletes what is looked at is never somebody's wish
         value = wanted.pop(key)
         if says[key] != value:
             text = f"{key}: expected {value}, policy {under.name!r} says {says[key]}"  # type: ignore[union-attr]
