@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -19,6 +20,8 @@ from celery_dlx.topology.findings import INFO, KINDS, Finding
 from celery_dlx.topology.live import LiveBroker, LivePolicy
 from celery_dlx.topology.plan import REMOVE, Plan, Step
 
+#: `apply` looks again, and takes what that showed, at most this often.
+_ROUNDS = 3
 _SIGNS = {"add": "+", "change": "~", "remove": "-"}
 QUEUES = click.option("--queue", "queues", multiple=True, metavar="QUEUE", help="Only this queue; may be repeated.")
 
@@ -64,18 +67,24 @@ def apply(ctx: click.Context, queues: tuple[str, ...], dry_run: bool, yes: bool,
             return
         if not as_json:
             _findings(found.findings)
-        left = _carry_out(topology, found, live, as_json)
+        left, applied = _carry_out(topology, found, live, as_json), len(found.steps)
         again, live, names = topology.plan(queues)
+        for _ in range(_ROUNDS):
+            remaining = [step for step in again.steps if step.name not in left]
+            if not remaining:
+                break
+            # What was made just now may have got somebody's policy that matches it.
+            left |= _carry_out(topology, replace(again, steps=remaining), live, as_json)
+            applied += len(remaining)
+            again, live, names = topology.plan(queues)
         remaining = [step for step in again.steps if step.name not in left]
         for step in remaining:
             output.say(f"Still to do after it was done: {_line(step)}")
         why_not = topology.probe(live) if not any(step.kind == "exchange" for step in again.steps) else "no exchange"
         proof = f"the probe was not sent: {why_not}" if why_not else "a probe message died and arrived"
         if as_json:
-            output.json_line(
-                {**_summary(again, live, names), "applied": len(found.steps) - len(left), "probe": why_not or "ok"}
-            )
-        output.say(f"{len(found.steps) - len(left)} changes made, {len(left) + len(remaining)} left; {proof}")
+            output.json_line({**_summary(again, live, names), "applied": applied - len(left), "probe": why_not or "ok"})
+        output.say(f"{applied - len(left)} changes made, {len(left) + len(remaining)} left; {proof}")
     if left or remaining or not again.in_line:
         sys.exit(EXIT_FINDINGS)
 
