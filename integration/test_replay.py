@@ -212,3 +212,46 @@ def test_bad_calls(worker, queue):
         assert "Traceback" not in done.stderr
     nothing = replay(worker, queue, "--all", "--yes", expect=0)
     assert (nothing["selected"], nothing["stopped"]) == (0, None)
+
+
+@pytest.mark.parametrize("pool", ["solo", "threads", "gevent"])
+def test_outcomes_are_reported_from_every_pool(broker, queue, pool):
+    arguments = ("-c", "1" if pool == "solo" else "4", "-P", pool)
+    with Worker(broker.url, [queue], policy="version: 1\n", arguments=arguments) as worker:
+        sender = Sender(broker.url)
+        sender.task(queue, "matrix_app.ok", expires="2020-01-01T00:00:00+00:00")
+        sender.task(queue, "matrix_app.fail")
+        worker.wait_letters(queue, 2)
+        done = replay(worker, queue, "--all", "--yes", "--wait", "15", expect=0)
+        assert (done["succeeded"], done["failed_again"], done["waiting"]) == (1, 1, 0)
+
+
+def test_a_replayed_task_that_retries_is_heard_of_in_the_end(worker, broker, queue):
+    sender = Sender(broker.url)
+    sender.task(queue, "matrix_app.succeeds_at_second_try", expires="2020-01-01T00:00:00+00:00")
+    worker.wait_letters(queue, 1)
+    done = replay(worker, queue, "--all", "--yes", "--wait", "15", expect=0)
+    assert (done["succeeded"], done["waiting"]) == (1, 0)
+
+
+def test_monitors_hear_of_deaths(broker, queue):
+    from celery import Celery
+
+    events = []
+    with Worker(broker.url, [queue], policy="version: 1\n", arguments=("-c", "1", "-E")) as worker:
+        app = Celery("monitor", broker=broker.url)
+        with app.connection_for_read() as connection:
+            receiver = app.events.Receiver(connection, handlers={"task-dead-lettered": events.append})
+            with receiver.consumer_context() as (live, _, _):
+                task_id = Sender(broker.url).task(queue, "matrix_app.fail")
+
+                def heard() -> bool:
+                    try:
+                        live.drain_events(timeout=0.2)
+                    except (TimeoutError, OSError):
+                        pass
+                    return bool(events)
+
+                wait_for(heard, "the event")
+    assert (events[0]["uuid"], events[0]["queue"], events[0]["reason"]) == (task_id, queue, "failure")
+    assert worker.letters(queue)[0]["id"] == events[0]["letter"]

@@ -100,8 +100,23 @@ class Net:
         if (replay := replay_of(letter.original.headers)) is not None:
             failed = {"reason": letter.reason, "fingerprint": letter.fingerprint, "letter": letter.id}
             self.report(replay, {"of": lineage_of(letter.original.headers), "state": "failed", **failed})
+        self._send_event(letter)
         if task_dead_lettered.receivers:
             task_dead_lettered.send(sender=task, letter=letter)
+
+    def _send_event(self, letter: DeadLetter) -> None:
+        """For monitors, where the worker sends events at all (`-E`)."""
+        dispatcher = getattr(self._consumer, "event_dispatcher", None)
+        if dispatcher is None or not dispatcher.enabled:
+            return
+        kind = (letter.exception or {}).get("type")
+        try:
+            dispatcher.send(
+                "task-dead-lettered", uuid=letter.task_id, letter=letter.id, queue=letter.queue, reason=letter.reason,
+                name=letter.task, exception=kind, fingerprint=letter.fingerprint,
+            )  # fmt: skip
+        except Exception:
+            logger.exception("the event of letter %s was not sent", letter.id)
 
     def report(self, replay: str, outcome: dict[str, Any]) -> None:
         """Tell a replay what became of a message. It is news, not data: an error is only logged."""

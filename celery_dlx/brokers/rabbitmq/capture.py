@@ -75,7 +75,10 @@ class RabbitMQCapturer:
                 self._guarded(self._courier.publish)  # encoded now, one by one: the turn has only to write
             self._schedule(waited_for=alive is not None)
             return
-        # No loop, now (the pool drains at shutdown; a reconnect) or ever (gevent, eventlet): somebody else must do it.
+        self._serve_aside()
+
+    def _serve_aside(self) -> None:
+        """No loop, now (the pool drains at shutdown; a reconnect) or ever (gevent, eventlet): somebody else must do it."""
         self._arrived.set()
         if self._server is None or not self._server.is_alive():
             self._server = threading.Thread(target=self._serve, name="celery-dlx-capture", daemon=True)
@@ -85,6 +88,8 @@ class RabbitMQCapturer:
         self._courier.note(report_queue(replay), json.dumps(outcome).encode())
         if self._hub is not None:
             self._schedule()
+        else:
+            self._serve_aside()
 
     # -- on the event loop
 
@@ -130,7 +135,7 @@ class RabbitMQCapturer:
     def _turn(self) -> None:
         self._scheduled = False
         courier = self._courier
-        if self._hub is None or not (courier.open_letters or courier.notes):
+        if self._hub is None or not courier.busy:
             return
         if courier.line is None or courier.needs_new_line:
             self._connect_aside()
@@ -235,9 +240,9 @@ class RabbitMQCapturer:
     def _serve(self) -> None:
         """In a thread (under gevent and eventlet, a greenlet) while there is no loop."""
         while self._hub is None and not self._closing.is_set():
-            if not self._courier.open_letters:
+            if not self._courier.busy:
                 self._arrived.clear()
-                if not self._courier.open_letters:
+                if not self._courier.busy:
                     self._arrived.wait(_LOOK_EVERY)
             elif not self._pump(0.1):
                 self._closing.wait(self._backoff())
@@ -274,7 +279,7 @@ class RabbitMQCapturer:
     def flush(self, timeout: float) -> int:
         """On the thread that ran the loop, now ended: publish and wait. Returns how many letters are not stored."""
         deadline = monotonic() + timeout
-        while self._courier.open_letters and (left := deadline - monotonic()) > 0:
+        while self._courier.busy and (left := deadline - monotonic()) > 0:
             if not self._pump(min(left, 0.5)):
                 self._closing.wait(min(left, self._backoff()))
         return self._courier.open_letters

@@ -95,6 +95,11 @@ class Courier:
         """Letters that are neither stored nor given up."""
         return len(self._waiting) + (self.line.pipeline.unconfirmed if self.line else 0)
 
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything to publish or to wait for."""
+        return bool(self.notes) or self.open_letters > 0
+
     def open_line(self) -> Line:
         """Connect (this blocks) and return a line; `use` makes it the one in use.
 
