@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from contextlib import suppress
 from urllib.parse import urlsplit
 
@@ -15,7 +14,7 @@ import pytest
 from kombu import Connection
 from raw import Sender
 from servers import free_port, wait_for
-from workers import Worker, environment
+from workers import Load, Worker, environment
 
 from celery_dlx.brokers.rabbitmq.inspect import arguments_over_amqp, by_management
 from celery_dlx.brokers.rabbitmq.management import Management
@@ -74,33 +73,6 @@ def codes(rows: list[dict], *types: str) -> set[str]:
 
 def declare(channel, name: str, kind: str = "classic", **arguments) -> None:
     channel.queue_declare(name, durable=True, auto_delete=False, arguments={"x-queue-type": kind, **arguments})
-
-
-class Load:
-    """Publishes tasks to queues in turn, with confirms, until it is stopped; keeps what clients saw go wrong."""
-
-    def __init__(self, url: str, queues: list[str]) -> None:
-        self.errors: list[str] = []
-        self.sent = 0
-        self._url, self._queues, self._over = url, queues, threading.Event()
-        self._thread = threading.Thread(target=self._run)
-
-    def _run(self) -> None:
-        try:
-            sender = Sender(self._url)
-            while not self._over.is_set():
-                sender.task(self._queues[self.sent % len(self._queues)], "matrix_app.ok", ["load"])
-                self.sent += 1
-        except Exception as exc:  # noqa: BLE001 - whatever a client sees is counted
-            self.errors.append(repr(exc))
-
-    def __enter__(self) -> Load:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._over.set()
-        self._thread.join(30)
 
 
 def test_forty_live_queues_are_covered_while_they_work(rabbitmq, queue, channel, management, shop):

@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 from celery import Celery
+from raw import Sender
 from servers import stop_process, wait_for
 
 from celery_dlx import DeadLetters
@@ -140,3 +142,30 @@ class Worker:
 
         wait_for(enough, lambda: f"{count} letters of {queue}, found {found}\n{self.output[-3000:]}", timeout, every=0.1)
         return found
+
+
+class Load:
+    """Publishes tasks to queues in turn, with confirms, until it is stopped; keeps what clients saw go wrong."""
+
+    def __init__(self, url: str, queues: list[str]) -> None:
+        self.errors: list[str] = []
+        self.sent = 0
+        self._url, self._queues, self._over = url, queues, threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def _run(self) -> None:
+        try:
+            sender = Sender(self._url)
+            while not self._over.is_set():
+                sender.task(self._queues[self.sent % len(self._queues)], "matrix_app.ok", ["load"])
+                self.sent += 1
+        except Exception as exc:  # noqa: BLE001 - whatever a client sees is counted
+            self.errors.append(repr(exc))
+
+    def __enter__(self) -> Load:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._over.set()
+        self._thread.join(30)
