@@ -59,6 +59,10 @@ class ReplayError(DeadLetterError):
     """A letter could not be replayed; it is still in its dead-letter queue."""
 
 
+class JournalError(DeadLetterError):
+    """A replay's journal cannot be written."""
+
+
 @dataclass(frozen=True, order=True)
 class Problem:
     """One thing wrong with a policy file. ``line`` and ``column`` count from 1."""

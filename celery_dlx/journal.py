@@ -10,12 +10,13 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from celery_dlx.errors import UsageError
+from celery_dlx.errors import JournalError, UsageError
 from celery_dlx.letters import iso_time
 
 STATE_VARIABLE = "CELERY_DLX_STATE"
@@ -26,8 +27,8 @@ def state_folder() -> Path:
     named = os.environ.get(STATE_VARIABLE)
     if named:
         return Path(named)
-    base = os.environ.get("XDG_STATE_HOME")
-    return (Path(base) if base else Path.home() / ".local" / "state") / "celery-dlx"
+    base = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    return Path(base) / "celery-dlx"
 
 
 @dataclass
@@ -99,19 +100,21 @@ class Journal:
 
     def __init__(self, record: Record, folder: Path | None = None) -> None:
         folder = (folder or state_folder()) / "replays"
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.record = record
-        # Ids of letters and queues' names are somebody's data: for the owner's eyes.
-        descriptor = os.open(folder / f"{record.replay}.jsonl", os.O_CREAT | os.O_APPEND | os.O_RDWR, 0o600)
+        with _explained(folder):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            # Ids of letters and queues' names are somebody's data: for the owner's eyes.
+            descriptor = os.open(folder / f"{record.replay}.jsonl", os.O_CREAT | os.O_APPEND | os.O_RDWR, 0o600)
         self._file = os.fdopen(descriptor, "a", encoding="utf-8")
         _lock(self._file, f"replay {record.replay} is running already")
 
     def write(self, kind: str, **line: Any) -> None:
         """Append a line; it is on disk when this returns."""
         line = {"kind": kind, "at": int(time.time() * 1000), **line}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with _explained(self._file.name):
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
         self.record.apply(line)
 
     def close(self) -> None:
@@ -123,11 +126,13 @@ class QueueLocks:
 
     def __init__(self, broker: str, queues: Iterable[str], replay: str) -> None:
         folder = state_folder() / "locks"
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with _explained(folder):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._files = []
         for queue in sorted(set(queues)):
             name = blake2b(f"{broker}\0{queue}".encode(), digest_size=12).hexdigest()
-            file = os.fdopen(os.open(folder / name, os.O_CREAT | os.O_RDWR, 0o600), "r+", encoding="utf-8")
+            with _explained(folder):
+                file = os.fdopen(os.open(folder / name, os.O_CREAT | os.O_RDWR, 0o600), "r+", encoding="utf-8")
             self._files.append(file)
             holder = file.read().strip()
             try:
@@ -143,6 +148,18 @@ class QueueLocks:
     def release(self) -> None:
         for file in self._files:
             file.close()
+
+
+@contextmanager
+def _explained(place: object) -> Iterator[None]:
+    """A full disk, or a folder that may not be written, in words that help."""
+    try:
+        yield
+    except OSError as exc:
+        raise JournalError(
+            f"{place}: the journal cannot be written: {exc.strerror or exc}; free some space, or name another folder in "
+            f"{STATE_VARIABLE}. What has left its DLQ is in its queue, all else is where it was"
+        ) from exc
 
 
 def _lock(file: Any, refusal: str) -> None:

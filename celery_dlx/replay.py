@@ -24,6 +24,8 @@ from celery_dlx.signals import dead_letter_replayed
 
 #: Letters in one line of the journal, and between two looks at what workers report.
 _BATCH = 500
+#: A paced replay reads its DLQ anew after this long, in seconds.
+_LOOK_ANEW = 300
 #: Between looks at what workers report, in seconds.
 _LOOK_EVERY = 0.1
 #: Canaries have this long to come to an end after the last news of them, in seconds.
@@ -117,25 +119,33 @@ class Engine:
         batch = max(1, min(_BATCH, int(rate / 10))) if rate else _BATCH
         run = Run(self.record.replay, self.options.to, batch, self._over)
         moved: list[str] = []
-        total = len(ids)
-        stopped = False
         try:
-            for replayed in self.broker.replay(queue, match, total, run):
-                moved.append(replayed.letter.id)
-                dead_letter_replayed.send(sender=None, letter=replayed.letter, queue=replayed.queue)
-                if len(moved) >= batch:
-                    self._moved(moved)
-                yield replayed
-            stopped = self._over()
+            while ids and not self._over():
+                # A paced replay looks anew now and then: RabbitMQ takes letters back that are held for half an hour.
+                size = min(len(ids), max(1, int(rate * _LOOK_ANEW))) if rate else len(ids)
+                expected = len(ids) - size
+                for replayed in self.broker.replay(queue, match, size, run):
+                    moved.append(replayed.letter.id)
+                    dead_letter_replayed.send(sender=None, letter=replayed.letter, queue=replayed.queue)
+                    if len(moved) >= batch:
+                        self._moved(moved)
+                    yield replayed
+                if len(ids) > expected and not self._over():
+                    self._gone(ids)
+                    return
         except ReplayError as exc:
-            stopped, self._stop = True, str(exc)
+            self._stop = str(exc)
         finally:
             self._moved(moved)
-        if not stopped and ids:
-            # Selected, and not in its DLQ any more: an earlier run of this replay moved it and was killed before it could
-            # say so, or somebody else replayed or discarded it.
-            resumed = bool(self.record.options.get("resumed"))
-            self.journal.write("state", state="replayed" if resumed else "gone", letters=sorted(ids))
+
+    def _gone(self, ids: set[str]) -> None:
+        """Letters that were selected, and are not in their DLQ any more.
+
+        An earlier run of this replay moved them, and was killed before it could say so; or somebody else replayed or
+        discarded them.
+        """
+        resumed = bool(self.record.options.get("resumed"))
+        self.journal.write("state", state="replayed" if resumed else "gone", letters=sorted(ids))
 
     def _moved(self, moved: list[str]) -> None:
         if moved:

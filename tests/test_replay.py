@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 
 import pytest
 
 from celery_dlx.brokers.base import Replayed
-from celery_dlx.errors import UsageError
+from celery_dlx.errors import JournalError, UsageError
 from celery_dlx.groups import group
 from celery_dlx.journal import Journal, QueueLocks, Record, history, read_record
 from celery_dlx.letters import DeadLetter, Original
@@ -157,6 +158,28 @@ def test_a_replay_that_runs_is_called_so():
     assert read_record("abc").summary()["stopped"] == "running"
     journal.close()
     assert json.loads(json.dumps(read_record("abc").summary()))["stopped"] == "killed"
+
+
+def test_a_journal_that_cannot_be_written_is_explained(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("CELERY_DLX_STATE", str(tmp_path / "file"))
+    with pytest.raises(JournalError, match="CELERY_DLX_STATE"):
+        run(Lists(letters(1)))
+
+
+def test_a_disk_that_fills_up_loses_nothing():
+    broker = Lists(letters(3), None)
+    engine, locks = start(broker, "redis://", iter(broker.dlq), "all", Options(wait=0))
+    full = open("/dev/full", "w")  # noqa: SIM115 - closed below
+    engine.journal._file, real = full, engine.journal._file
+    with pytest.raises(JournalError, match="No space left"):
+        list(engine.run())
+    locks.release()
+    with suppress(OSError):
+        full.close()
+    real.close()
+    done = again(broker, engine.record.replay)
+    assert (sorted(broker.queue), done.summary()["left"]) == ([letter.id for letter in letters(3)], 0)
 
 
 def test_groups_count_causes():
