@@ -225,12 +225,21 @@ class DeadLetters:
         """Select letters and journal the selection; running the engine replays them. See `celery_dlx.replay`."""
         ids = [ids] if isinstance(ids, str) else None if ids is None else list(ids)
         text = describe(queue, ids, filters)
-        letters = self.letters(queue, limit=limit, **filters) if ids is None else self.letters(queue, ids=ids)
-        return start(self.broker, self.broker_name, letters, text, options or Options(), **(hooks or {}))
+        matches, names = selection.match(ids=ids, **filters), self._queues(queue)
+        # By the queue whose DLQ a letter lies in: what its record says may be anybody's word.
+        letters = islice(((name, letter) for name in names for letter in self.broker.browse(name, matches, limit)), limit)
+        return start(self.broker, self.broker_name, names, letters, text, options or Options(), **(hooks or {}))
 
-    def resume_replay(self, replay: str, hooks: Mapping[str, Any] | None = None) -> tuple[Engine, QueueLocks]:
-        """Go on with a replay that was stopped or killed."""
-        return resume(self.broker, self.broker_name, replay, **(hooks or {}))
+    def resume_replay(
+        self,
+        replay: str,
+        hooks: Mapping[str, Any] | None = None,
+        *,
+        rate: float | None = None,
+        wait: float | None = None,
+    ) -> tuple[Engine, QueueLocks]:
+        """Go on with a replay that was stopped or killed; ``rate`` and ``wait`` replace those it had."""
+        return resume(self.broker, self.broker_name, replay, rate=rate, wait=wait, **(hooks or {}))
 
     @property
     def broker_name(self) -> str:

@@ -10,7 +10,7 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -39,7 +39,9 @@ class Entry:
     queue: str
     fingerprint: str
     state: str = "selected"
-    same: bool = False
+    #: Said to be about to leave; said to have left.
+    sending: bool = False
+    settled: bool = False
 
 
 @dataclass
@@ -56,17 +58,22 @@ class Record:
     #: ``None`` while nothing was said: then it runs, or was killed.
     stopped: str | None = None
     ended: bool = False
+    #: Whether the whole selection is in the journal.
+    complete: bool = False
+    canaries: list[str] = field(default_factory=list)
+    proven: bool = False
     running: bool = False
 
     def summary(self) -> dict[str, Any]:
         """The object that `dlx replay --json` ends with."""
         states = [entry.state for entry in self.entries.values()]
         succeeded, failed = states.count("succeeded"), states.count("failed")
-        left = states.count("selected")
+        # What was not found any more was not replayed either: somebody holds it, or somebody else took it.
+        left = states.count("selected") + states.count("gone")
         return {
             "replay": self.replay,
             "selected": len(states),
-            "replayed": len(states) - left - states.count("gone"),
+            "replayed": len(states) - left,
             "succeeded": succeeded,
             "failed_again": failed,
             "waiting": states.count("replayed"),
@@ -86,9 +93,22 @@ class Record:
         elif kind == "state":
             for letter_id in line["letters"]:
                 entry = self.entries.get(letter_id)
+                if entry is None:
+                    continue
+                entry.settled = entry.settled or line["state"] == "replayed"
                 # Workers may be faster than we are: a letter that has come to its end is not merely replayed.
-                if entry is not None and not (line["state"] == "replayed" and entry.state in ("succeeded", "failed")):
-                    entry.state, entry.same = line["state"], bool(line.get("same"))
+                if line["state"] not in ("replayed", "gone") or entry.state not in ("succeeded", "failed"):
+                    entry.state = line["state"]
+        elif kind == "sending":
+            for letter_id in line["letters"]:
+                if letter_id in self.entries:
+                    self.entries[letter_id].sending = True
+        elif kind == "selected":
+            self.complete = True
+        elif kind == "canaries":
+            self.canaries, self.proven = line["letters"], False
+        elif kind == "proven":
+            self.proven = True
         elif kind == "go":
             self.ended, self.stopped = False, None
         elif kind == "end":
@@ -107,6 +127,7 @@ class Journal:
             descriptor = os.open(folder / f"{record.replay}.jsonl", os.O_CREAT | os.O_APPEND | os.O_RDWR, 0o600)
         self._file = os.fdopen(descriptor, "a", encoding="utf-8")
         _lock(self._file, f"replay {record.replay} is running already")
+        self._file.write("\n")  # the last line may have been cut short: what comes now must not be part of it
 
     def write(self, kind: str, **line: Any) -> None:
         """Append a line; it is on disk when this returns."""
@@ -118,7 +139,8 @@ class Journal:
         self.record.apply(line)
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):
+            self._file.close()
 
 
 class QueueLocks:
@@ -195,7 +217,9 @@ def read_record(replay: str, folder: Path | None = None) -> Record:
 def history(broker: str | None = None, folder: Path | None = None) -> Iterator[Record]:
     """All replays of this machine's user, oldest first; of one broker, if named."""
     place = (folder or state_folder()) / "replays"
-    records = [read_record(path.stem, folder) for path in place.glob("*.jsonl")] if place.is_dir() else []
+    records = (
+        [read_record(path.stem, folder) for path in place.glob("*.jsonl") if path.stem.isalnum()] if place.is_dir() else []
+    )
     yield from sorted((r for r in records if broker is None or r.broker == broker), key=lambda record: record.started)
 
 

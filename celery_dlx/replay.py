@@ -11,19 +11,28 @@ import getpass
 import json
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 from uuid import uuid4
 
+from amqp.exceptions import AMQPError
+from kombu.exceptions import KombuError
+from redis.exceptions import RedisError
+
 from celery_dlx.brokers.base import Broker, Replayed, Run
-from celery_dlx.errors import ReplayError, UsageError
+from celery_dlx.errors import DeadLetterError, UsageError
 from celery_dlx.journal import Entry, Journal, QueueLocks, Record, read_record
 from celery_dlx.letters import DeadLetter
 from celery_dlx.signals import dead_letter_replayed
 
 #: Letters in one line of the journal, and between two looks at what workers report.
 _BATCH = 500
+#: Letters journaled as being sent, and asked of the broker, at once.
+_CHUNK = 10_000
+#: What a paced replay may make up for, in seconds.
+_BATCH_SECONDS = 0.1
 #: A paced replay reads its DLQ anew after this long, in seconds.
 _LOOK_ANEW = 300
 #: Between looks at what workers report, in seconds.
@@ -57,95 +66,120 @@ class Engine:
     options: Options
     interrupted: Callable[[], bool] = lambda: False
     on_progress: Callable[[Record], None] = lambda record: None
+    #: What broke it off; the summary says so too.
+    error: Exception | None = None
     _stop: str | None = None
     _looked: float = 0.0
     _heard: float = field(default_factory=time.monotonic)
     _next_at: float = 0.0
-    _failed_before: frozenset[str] = frozenset()
-
-    def __post_init__(self) -> None:
-        self._failed_before = frozenset(e.id for e in self.record.entries.values() if e.state == "failed")
+    #: Letters that left in this run: what is heard of earlier ones stops nothing.
+    _sent: set[str] = field(default_factory=set)
+    #: Letters that an earlier run was sending when it was killed.
+    _sending_before: frozenset[str] = frozenset()
 
     @property
     def record(self) -> Record:
         return self.journal.record
 
-    def run(self) -> Iterator[Replayed]:
-        """Replay what is selected and has not left yet; yields each letter that left."""
+    def run(self) -> Generator[Replayed, None, None]:
+        """Replay what is selected and has not left yet; yields each letter that left. What breaks it off is in `error`."""
         try:
             self.broker.watch(self.record.replay)
+            self._look()  # old news
+            self._tidy()
             yield from self._run()
-        except ReplayError as exc:
-            self._stop = str(exc)
+        except (DeadLetterError, AMQPError, KombuError, RedisError, OSError) as exc:
+            self.error = exc
+            self._stop = (str(exc) or type(exc).__name__).splitlines()[0]
         finally:
             if self._stop is None and self.interrupted():
                 self._stop = "interrupted"
             self.journal.write("end", stopped=self._stop)
 
     def _run(self) -> Iterator[Replayed]:
-        canary = self.options.canary
-        if canary:
-            # After a failure new canaries are sent: the cause may be fixed meanwhile.
-            sent = [entry for entry in self.record.entries.values() if entry.state in ("replayed", "succeeded")]
-            if self._failed_before or len(sent) < canary:
-                yield from self._send(canary if self._failed_before else canary - len(sent))
-            if self._stop is None:
-                self._await_canaries()
+        while self.options.canary and not self.record.proven and self._stop is None:
+            if not self._in_state("selected"):
+                break
+            yield from self._send_canaries(self.options.canary)
+            self._await_canaries()
         if self._stop is None:
-            yield from self._send(None)
+            yield from self._send([entry for entry in self.record.entries.values() if entry.state in ("selected", "gone")])
         self._await_rest()
 
-    def _send(self, limit: int | None) -> Iterator[Replayed]:
-        wanted: dict[str, list[Entry]] = {}
-        for entry in self.record.entries.values():
-            if entry.state == "selected":
-                wanted.setdefault(entry.queue, []).append(entry)
-        for queue, entries in wanted.items():
-            if self._over() or limit == 0:
-                return
-            chosen = entries if limit is None else entries[:limit]
-            limit = None if limit is None else limit - len(chosen)
-            yield from self._send_queue(queue, {entry.id for entry in chosen})
+    def _in_state(self, state: str) -> bool:
+        return any(entry.state == state for entry in self.record.entries.values())
 
-    def _send_queue(self, queue: str, ids: set[str]) -> Iterator[Replayed]:
+    def _tidy(self) -> None:
+        """Letters that were executed, and still lie in their DLQ because we were killed before we could take them out."""
+        over: dict[str, set[str]] = {}
+        for entry in self.record.entries.values():
+            if entry.sending and not entry.settled and entry.state in ("succeeded", "failed"):
+                over.setdefault(entry.queue, set()).add(entry.id)
+        for queue, ids in over.items():
+            for _ in self.broker.discard(queue, lambda letter, ids=ids: letter.id in ids, len(ids)):  # type: ignore[misc]
+                pass
+
+    def _send_canaries(self, count: int) -> Iterator[Replayed]:
+        # New ones each time: the cause of the last ones' failure may be fixed.
+        waiting = [i for i in self.record.canaries if self.record.entries[i].state in ("replayed", "succeeded")]
+        missing = count - len(waiting)
+        fresh = [entry for entry in self.record.entries.values() if entry.state == "selected"][: max(missing, 0)]
+        self.journal.write("canaries", letters=[*waiting, *(entry.id for entry in fresh)])
+        yield from self._send(fresh)
+
+    def _send(self, entries: list[Entry]) -> Iterator[Replayed]:
+        wanted: dict[str, list[Entry]] = {}
+        for entry in entries:
+            wanted.setdefault(entry.queue, []).append(entry)
+        for queue, chosen in wanted.items():
+            if self._over():
+                return
+            yield from self._send_queue(queue, [entry.id for entry in chosen])
+
+    def _send_queue(self, queue: str, all_ids: list[str]) -> Iterator[Replayed]:
+        ids: set[str] = set()
+
         def match(letter: DeadLetter) -> bool:
-            if letter.id not in ids:
+            if letter.id not in ids or not self._paced():
                 return False
             ids.discard(letter.id)  # a duplicate with the same id stays where it is
-            self._pace()
             return True
 
         rate = self.options.rate
         batch = max(1, min(_BATCH, int(rate / 10))) if rate else _BATCH
         run = Run(self.record.replay, self.options.to, batch, self._over)
+        # A paced replay looks anew now and then: RabbitMQ takes letters back that are held for half an hour.
+        size = max(1, min(_CHUNK, int(rate * _LOOK_ANEW))) if rate else _CHUNK
         moved: list[str] = []
         try:
-            while ids and not self._over():
-                # A paced replay looks anew now and then: RabbitMQ takes letters back that are held for half an hour.
-                size = min(len(ids), max(1, int(rate * _LOOK_ANEW))) if rate else len(ids)
-                expected = len(ids) - size
-                for replayed in self.broker.replay(queue, match, size, run):
+            for start in range(0, len(all_ids), size):
+                if self._over():
+                    return
+                ids.update(all_ids[start : start + size])
+                self.journal.write("sending", letters=sorted(ids))
+                for replayed in self.broker.replay(queue, match, len(ids), run):
                     moved.append(replayed.letter.id)
+                    self._sent.add(replayed.letter.id)
                     dead_letter_replayed.send(sender=None, letter=replayed.letter, queue=replayed.queue)
                     if len(moved) >= batch:
                         self._moved(moved)
                     yield replayed
-                if len(ids) > expected and not self._over():
+                if not self._over():
                     self._gone(ids)
-                    return
-        except ReplayError as exc:
-            self._stop = str(exc)
+                ids.clear()
         finally:
             self._moved(moved)
 
     def _gone(self, ids: set[str]) -> None:
-        """Letters that were selected, and are not in their DLQ any more.
+        """Letters that were selected, and are not seen in their DLQ any more.
 
-        An earlier run of this replay moved them, and was killed before it could say so; or somebody else replayed or
-        discarded them.
+        An earlier run of this replay was sending them, and was killed before it could say that they left; or somebody
+        else replayed, discarded or holds them. The latter are looked for again when the replay is resumed.
         """
-        resumed = bool(self.record.options.get("resumed"))
-        self.journal.write("state", state="replayed" if resumed else "gone", letters=sorted(ids))
+        before = {i for i in ids if i in self._sending_before}
+        for state, letters in (("replayed", before), ("gone", ids - before)):
+            if letters:
+                self.journal.write("state", state=state, letters=sorted(letters))
 
     def _moved(self, moved: list[str]) -> None:
         if moved:
@@ -154,13 +188,18 @@ class Engine:
             self._heard = time.monotonic()
             self.on_progress(self.record)
 
-    def _pace(self) -> None:
-        if not self.options.rate:
-            return
-        now = time.monotonic()
-        self._next_at = max(self._next_at, now - 0.5) + 1 / self.options.rate
-        while (left := self._next_at - time.monotonic()) > 0 and not self._over():
-            time.sleep(min(left, _LOOK_EVERY))
+    def _paced(self) -> bool:
+        """Wait for this letter's turn; whether it may go."""
+        if self.options.rate:
+            now = time.monotonic()
+            # What waiting for the broker cost is made up for, but not the time before the first letter.
+            earliest = now - max(_BATCH_SECONDS, 1 / self.options.rate)
+            self._next_at = max(self._next_at + 1 / self.options.rate, earliest) if self._next_at else now
+            while (left := self._next_at - time.monotonic()) > 0:
+                if self._over():
+                    return False
+                time.sleep(min(left, _LOOK_EVERY))
+        return not self._over()
 
     def _over(self) -> bool:
         """Whether to stop; takes in what workers report, now and then."""
@@ -170,88 +209,111 @@ class Engine:
             self._looked = time.monotonic()
         return self._stop is not None or self.interrupted()
 
-    def _look(self) -> bool:
-        """Take in what workers reported; whether there was any."""
-        any_news = False
-        while reports := self.broker.outcomes(self.record.replay):
-            by_state: dict[tuple[str, bool], list[str]] = {}
-            for report in reports:
-                entry = self.record.entries.get(str(report.get("of")))
-                if entry is not None and report.get("state") in ("succeeded", "failed"):
-                    same = report.get("fingerprint") == entry.fingerprint
-                    by_state.setdefault((report["state"], same), []).append(entry.id)
-            for (state, same), ids in by_state.items():
-                self.journal.write("state", state=state, same=same, letters=ids)
-                if state == "failed" and same and self.options.stop_on_repeat and self._stop is None:
-                    self._stop = f"the same failure came back (letter {ids[0]})"
-            any_news = any_news or bool(by_state)
-        if any_news:
+    def _look(self) -> None:
+        """Take in what workers reported, a page of it."""
+        reports = self.broker.outcomes(self.record.replay)
+        by_state: dict[str, list[str]] = {}
+        for report in reports:
+            entry = self.record.entries.get(str(report.get("of")))
+            if entry is None or report.get("state") not in ("succeeded", "failed"):
+                continue
+            by_state.setdefault(report["state"], []).append(entry.id)
+            again = report["state"] == "failed" and report.get("fingerprint") == entry.fingerprint and entry.id in self._sent
+            if again and self.options.stop_on_repeat and self._stop is None and self._in_state("selected"):
+                self._stop = f"the same failure came back (letter {entry.id})"
+        for state, ids in by_state.items():
+            self.journal.write("state", state=state, letters=ids)
+        if reports:
             self._heard = time.monotonic()
             self.on_progress(self.record)
-        return any_news
 
     def _await_canaries(self) -> None:
+        self._heard = time.monotonic()
         while not self._over():
-            states = [entry.state for entry in self.record.entries.values() if entry.id not in self._failed_before]
+            states = [self.record.entries[letter_id].state for letter_id in self.record.canaries]
             if "failed" in states:
                 self._stop = "a canary failed again"
-                return
-            if "replayed" not in states:
-                return
-            if time.monotonic() - self._heard > self.options.patience:
+            elif "replayed" in states and time.monotonic() - self._heard > self.options.patience:
                 self._stop = (
                     f"no news of {states.count('replayed')} canaries in {self.options.patience:.0f}s; does a worker with "
                     "celery-dlx consume the queue?"
                 )
+            elif "replayed" not in states:
+                # Those that were gone prove nothing: others take their place.
+                if states.count("succeeded") >= (self.options.canary or 0) or not self._in_state("selected"):
+                    self.journal.write("proven")
                 return
-            time.sleep(_LOOK_EVERY)
+            else:
+                time.sleep(_LOOK_EVERY)
 
     def _await_rest(self) -> None:
         """Hear what becomes of the others, as long as there is news."""
         while not self.interrupted():
             self._look()
-            waiting = any(entry.state == "replayed" for entry in self.record.entries.values())
-            if not waiting or time.monotonic() - self._heard > self.options.wait:
+            if not self._in_state("replayed") or time.monotonic() - self._heard > self.options.wait:
                 return
             time.sleep(_LOOK_EVERY)
 
 
 def start(
-    broker: Broker, url: str, letters: Iterator[DeadLetter], selection: str, options: Options, **hooks: Any
+    broker: Broker,
+    url: str,
+    queues: list[str],
+    letters: Iterator[tuple[str, DeadLetter]],
+    selection: str,
+    options: Options,
+    **hooks: Any,
 ) -> tuple[Engine, QueueLocks]:
-    """Begin a replay: the selection is journaled before anything leaves.
+    """Begin a replay: the selection (queue and letter) is journaled before anything leaves.
 
     Raises:
         UsageError: another replay is at the same queues.
+        JournalError: the journal cannot be written.
     """
     record = Record(uuid4().hex[:12])
-    found = [(letter.id, letter.queue, letter.fingerprint) for letter in letters]
-    locks = QueueLocks(url, {queue for _, queue, _ in found}, record.replay)
-    journal = Journal(record)
-    by = f"{_user()}@{socket.gethostname()}"
-    journal.write(
-        "start", started=int(time.time() * 1000), selection=selection, by=by, broker=url, options=options.as_dict()
-    )
-    for at in range(0, len(found), _BATCH):
-        journal.write("select", letters=found[at : at + _BATCH])
+    locks = QueueLocks(url, queues, record.replay)
+    try:
+        journal = Journal(record)
+        by = f"{_user()}@{socket.gethostname()}"
+        now = int(time.time() * 1000)
+        journal.write("start", started=now, selection=selection, by=by, broker=url, options=options.as_dict())
+        found = ([letter.id, queue, letter.fingerprint] for queue, letter in letters)
+        while batch := list(islice(found, _BATCH)):
+            journal.write("select", letters=batch)
+        journal.write("selected")
+    except BaseException:
+        locks.release()
+        raise
     return Engine(broker, journal, options, **hooks), locks
 
 
-def resume(broker: Broker, url: str, replay: str, **hooks: Any) -> tuple[Engine, QueueLocks]:
-    """Go on with a replay that was stopped, interrupted or killed.
+def resume(
+    broker: Broker, url: str, replay: str, *, rate: float | None = None, wait: float | None = None, **hooks: Any
+) -> tuple[Engine, QueueLocks]:
+    """Go on with a replay that was stopped, interrupted or killed; ``rate`` and ``wait`` replace those it had.
 
     Raises:
-        UsageError: there is none, it is running, or it was on another broker.
+        UsageError: there is none, it is running, it was on another broker, or nothing of it had left.
     """
     record = read_record(replay)
     if record.broker != url:
         raise UsageError(f"replay {replay} was on {record.broker}, this app's broker is {url}")
-    known = {key: value for key, value in record.options.items() if key in Options.__dataclass_fields__}
+    if not record.complete:
+        raise UsageError(f"replay {replay} was killed while it selected letters, and none had left: start it again")
     locks = QueueLocks(url, {entry.queue for entry in record.entries.values()}, replay)
-    journal = Journal(record)
-    journal.write("go")
-    record.options["resumed"] = True
-    return Engine(broker, journal, Options(**known), **hooks), locks
+    try:
+        journal = Journal(record)
+        record = journal.record = read_record(replay)  # again, now that nobody else writes it
+        record.running = False
+        known = {key: value for key, value in record.options.items() if key in Options.__dataclass_fields__}
+        options = Options(**known)
+        options.rate, options.wait = rate or options.rate, options.wait if wait is None else wait
+        before = frozenset(entry.id for entry in record.entries.values() if entry.sending and not entry.settled)
+        journal.write("go")
+    except BaseException:
+        locks.release()
+        raise
+    return Engine(broker, journal, options, _sending_before=before, **hooks), locks
 
 
 def _user() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from typing import Any
@@ -11,6 +12,8 @@ from celery_dlx.letters import HEADER, DeadLetter, Reason
 
 #: Headers the broker wrote on the way to the DLQ. Left in, they make RabbitMQ's cycle detection drop the message
 #: silently at its next death (seen on 3.10.8), or carry a spent delivery count.
+#: An id of a replay, as `celery_dlx.replay.start` makes them.
+_REPLAY = re.compile(r"[0-9a-f]{12}")
 #: How long reports are kept, in seconds.
 REPORT_SECONDS = 86_400
 BROKER_HEADERS = (
@@ -42,7 +45,7 @@ def revive_headers(
     if past(headers.get("expires"), now):
         changes.append(f"expires {headers['expires']} dropped: it is past")
         headers["expires"] = None
-    headers[HEADER] = {"replays": letter.replays + 1, "last": letter.id, "died_of": letter.reason}
+    headers[HEADER] = {"replays": min(max(letter.replays, 0), 1_000_000) + 1, "last": letter.id, "died_of": letter.reason}
     if replay is not None:
         headers[HEADER]["replay"] = replay
     return headers, changes
@@ -52,13 +55,15 @@ def replay_of(headers: object) -> str | None:
     """The id of the replay that a message came back by; ``None`` for any other message."""
     lineage = headers.get(HEADER) if isinstance(headers, Mapping) else None
     replay = lineage.get("replay") if isinstance(lineage, Mapping) else None
-    return replay if isinstance(replay, str) and replay.isalnum() and len(replay) <= 64 else None
+    # Anybody can send such a header: it becomes a queue's name.
+    return replay if isinstance(replay, str) and _REPLAY.fullmatch(replay) else None
 
 
 def lineage_of(headers: object) -> str:
     """The id of the letter that a replayed message was; "" for any other message."""
     lineage = headers.get(HEADER) if isinstance(headers, Mapping) else None
-    return str(lineage.get("last") or "") if isinstance(lineage, Mapping) else ""
+    last = lineage.get("last") if isinstance(lineage, Mapping) else None
+    return last[:64] if isinstance(last, str) else ""
 
 
 def report_queue(replay: str) -> str:
@@ -94,6 +99,8 @@ def revive_expiration(letter: DeadLetter) -> tuple[str | None, list[str]]:
     expiration = letter.stripped.get("expiration")
     if expiration is None:
         return None, []
+    if not (str(expiration).isascii() and str(expiration).isdecimal()):
+        return None, [f"expiration {expiration!r:.40} dropped: RabbitMQ accepts milliseconds only"]
     if letter.reason == Reason.EXPIRED.value:
         return None, [f"expiration {expiration} ms dropped: it died of it"]
     return str(expiration), []

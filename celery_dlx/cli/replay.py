@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from celery_dlx.brokers.base import Replayed
 from celery_dlx.cli import output
 from celery_dlx.cli.main import DRY_RUN, FORCE, JSON, YES, command, confirmed, dead_letters, filters, preview, split_targets
 from celery_dlx.errors import EXIT_FINDINGS, UnknownLetterError, UsageError
@@ -78,37 +79,48 @@ def replay_letters(
     """Send letters back to the queue they died in, and tell what becomes of them. Exit 1 if something is left."""
     dead = dead_letters(ctx)
     ids = None
+    if resume is not None:
+        given = (
+            *selected.values(),
+            targets or None,
+            everything or None,
+            queue,
+            limit,
+            canary,
+            to,
+            stop_on_repeat,
+            dry_run or None,
+        )
+        if any(value is not None for value in given):
+            raise UsageError(
+                "--resume goes on with the selection and the options it had; give --rate or --wait besides, no more"
+            )
+    else:
+        ids, queue, selected = split_targets(targets, everything, queue, selected)
+        if dry_run:
+            preview(dead, ids, queue, limit, selected, as_json)
+            return
+        if ids is None:
+            confirmed(f"Replay {'the selected' if selected else 'all'} letters of {queue or 'every queue'}?", yes)
     with _interruptible() as interrupted:
         hooks = {"interrupted": interrupted, "on_progress": _progress(as_json)}
         if resume is not None:
-            if targets or everything or any(value is not None for value in selected.values()):
-                raise UsageError("--resume goes on with the selection it had; give nothing else")
-            engine, locks = dead.resume_replay(resume, hooks)
+            engine, locks = dead.resume_replay(resume, hooks, rate=rate, wait=wait)
         else:
-            ids, queue, selected = split_targets(targets, everything, queue, selected)
-            if dry_run:
-                preview(dead, ids, queue, limit, selected, as_json)
-                return
-            if ids is None:
-                what = "all" if not selected else "the selected"
-                confirmed(f"Replay {what} letters of {queue or 'every queue'}?", yes)
-            stop = bool(canary) if stop_on_repeat is None else stop_on_repeat
-            options = Options(canary, rate, to, stop)
-            if wait is not None:
-                options.wait = wait
+            options = Options(canary, rate, to, bool(canary) if stop_on_repeat is None else stop_on_repeat)
+            options.wait = options.wait if wait is None else wait
             engine, locks = dead.start_replay(ids, queue, limit=limit, options=options, hooks=hooks, **selected)
+        run = engine.run()
         try:
-            for replayed in engine.run():
-                letter = replayed.letter
-                if as_json:
-                    output.json_line({"id": letter.id, "queue": replayed.queue, "changes": replayed.changes})
-                elif not sys.stderr.isatty() or len(engine.record.entries) <= 20:
-                    changes = f"  ({'; '.join(replayed.changes)})" if replayed.changes else ""
-                    click.echo(output.line(f"{letter.id} → {replayed.queue}  {letter.task or '-'}{changes}"))
+            for replayed in run:
+                _show(replayed, engine.record, as_json)
         finally:
+            run.close()  # it writes the end into its journal
             locks.release()
             engine.journal.close()
     _report(engine.record, as_json)
+    if engine.error is not None:
+        raise engine.error
     missing = sorted(set(ids or ()) - set(engine.record.entries))
     if missing:
         raise UnknownLetterError(
@@ -118,6 +130,15 @@ def replay_letters(
     summary = engine.record.summary()
     if summary["stopped"] or summary["left"]:
         sys.exit(EXIT_FINDINGS)
+
+
+def _show(replayed: Replayed, record: Record, as_json: bool) -> None:
+    letter = replayed.letter
+    if as_json:
+        output.json_line({"id": letter.id, "queue": replayed.queue, "changes": replayed.changes})
+    elif not sys.stderr.isatty() or len(record.entries) <= 20:
+        changes = f"  ({'; '.join(replayed.changes)})" if replayed.changes else ""
+        click.echo(output.line(f"{letter.id} → {replayed.queue}  {letter.task or '-'}{changes}"))
 
 
 def _report(record: Record, as_json: bool) -> None:
@@ -135,7 +156,7 @@ _WORDS = {
     "succeeded": "succeeded",
     "failed_again": "failed again",
     "waiting": "without news yet",
-    "left": "left in their dead-letter queue",
+    "left": "not replayed",
 }
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import os
 import sys
+import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +18,7 @@ import click
 from celery_dlx import selection
 from celery_dlx.cli import output
 from celery_dlx.cli.main import FORCE, JSON, command, dead_letters, filters
-from celery_dlx.errors import UsageError
+from celery_dlx.errors import JournalError, UsageError
 
 
 @command(name="export")
@@ -50,14 +52,23 @@ def import_letters(ctx: click.Context, file: str, as_json: bool) -> None:
 
 def _write_file(path: Path, lines: Iterator[dict[str, Any]]) -> int:
     """All of them or no file: a half export must not be taken for a whole one."""
+    if not path.name or path.is_dir():
+        raise UsageError(f"{path}: expected a file's name, found a folder")
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    # Letters may hold personal data.
-    os.close(os.open(partial, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600))
     try:
+        # Letters may hold personal data.
+        os.close(os.open(partial, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600))
         with _open(partial, "w", compressed=path.suffix == ".gz") as target:
             count = _write(target, lines)
-            target.flush()
+        with open(partial, "rb") as written:
+            os.fsync(written.fileno())
         partial.replace(path)
+    except OSError as exc:
+        with suppress(OSError):
+            partial.unlink()
+        if exc.filename is None and exc.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise  # the broker's
+        raise JournalError(f"{path}: cannot be written: {exc.strerror or exc}; nothing was removed from the DLQ") from exc
     except BaseException:
         with suppress(OSError):
             partial.unlink()
@@ -85,10 +96,10 @@ def _parsed(file: str, source: TextIO) -> Iterator[dict[str, Any]]:
         for number, text in enumerate(source, 1):
             try:
                 line = json.loads(text)
-            except ValueError:
+            except (ValueError, RecursionError):
                 line = None
             if not isinstance(line, dict) or not selection.is_export(line):
                 raise UsageError(f"{file}:{number}: expected an exported letter, found {text[:40]!r}; the rest was not read")
             yield line
-    except (EOFError, gzip.BadGzipFile, UnicodeDecodeError) as exc:
+    except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as exc:
         raise UsageError(f"{file}: cannot be read as an export: {exc}") from None

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from billiard.einfo import ExceptionInfo
-from celery.exceptions import Ignore, Reject, WorkerLostError
+from celery.exceptions import Reject, WorkerLostError
 from celery.utils.log import get_logger
 from celery.worker import state
 
@@ -68,8 +68,8 @@ class DeadLetterRequest:
     def _dlx_on_success(self, handle: Callable[..., Any], result: Any, **kwargs: Any) -> Any:
         """The task of a replayed message came to an end: the replay wants to know."""
         outcome = handle(result, **kwargs)
-        failed, value = result[0], result[1]
-        if not failed or isinstance(unwrap(getattr(value, "exception", None)), Ignore):
+        # Not of `Ignore`: it is also how a task says that another one does its work.
+        if not result[0]:
             headers = self.message.headers
             replay = replay_of(headers)
             if replay is not None:

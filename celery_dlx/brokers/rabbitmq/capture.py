@@ -279,7 +279,9 @@ class RabbitMQCapturer:
     def flush(self, timeout: float) -> int:
         """On the thread that ran the loop, now ended: publish and wait. Returns how many letters are not stored."""
         deadline = monotonic() + timeout
-        while self._courier.busy and (left := deadline - monotonic()) > 0:
+        courier = self._courier
+        # Notes are worth one try, letters all the time there is.
+        while (courier.open_letters or (courier.notes and courier.line)) and (left := deadline - monotonic()) > 0:
             if not self._pump(min(left, 0.5)):
                 self._closing.wait(min(left, self._backoff()))
         return self._courier.open_letters

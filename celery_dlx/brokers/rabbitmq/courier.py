@@ -56,7 +56,7 @@ class Line:
 
     def __init__(self, connection: Any, on_outcome: Callable[[Pending, str], None]) -> None:
         self.connection = connection
-        self.pipeline = ConfirmPipeline(connection.connection, on_outcome)
+        self.pipeline = ConfirmPipeline(connection.connection, on_outcome, notes=True)
         self.sock = connection.connection.sock
         self.user: str | None = connection.userid
         self.frame_max: int = connection.connection.frame_max
@@ -142,7 +142,10 @@ class Courier:
         now = monotonic()
         while self.notes:
             queue, body = self.notes.popleft()
-            self.line.pipeline.tell(queue, body)
+            try:
+                self.line.pipeline.tell(queue, body)
+            except Exception:
+                logger.exception("an outcome was not told")
         while self._waiting:
             pending = self._waiting.popleft()
             if pending.alive is not None and not pending.alive():

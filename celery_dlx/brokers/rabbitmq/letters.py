@@ -105,14 +105,14 @@ def letter_of(raw: amqp.Message, queue: str, dlq: str) -> DeadLetter:
     return read_broker_death(original.headers, original, dlq, queue)
 
 
-def exported(raw: amqp.Message, letter: DeadLetter) -> dict[str, Any]:
+def exported(raw: amqp.Message, letter: DeadLetter, queue: str) -> dict[str, Any]:
     """A letter as JSON: headers and properties as AMQP encodes them, for JSON has not all their types."""
     properties = {key: value for key, value in raw.properties.items() if key != "delivery_info"}
     body = raw.body.encode("utf-8", "surrogateescape") if isinstance(raw.body, str) else bytes(raw.body or b"")
     return {
         "v": 1,
         "broker": "rabbitmq",
-        "queue": letter.queue,
+        "queue": queue,
         "id": letter.id,
         "properties": base64.b64encode(encode_properties(properties, amqp.Message.PROPERTIES)).decode(),
         "body": base64.b64encode(body).decode(),
@@ -134,7 +134,7 @@ def imported(line: Mapping[str, Any], policy: Policy) -> tuple[amqp.Message, Dea
         raise UsageError(f"letter {line['id']}: not as it was exported ({type(exc).__name__})") from None
     message = amqp.Message(body, **properties)
     letter = letter_of(message, line["queue"], policy.dlq(line["queue"]))
-    letter.id = line["id"]
+    letter.id, letter.queue = line["id"], line["queue"]
     return message, letter
 
 

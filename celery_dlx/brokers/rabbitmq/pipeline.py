@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import ssl
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 import amqp
+from amqp import spec
 from kombu.transport.pyamqp import Channel
 
 from celery_dlx.brokers.rabbitmq.framing import publish_frames
 
+logger = logging.getLogger("celery_dlx")
+
 #: Written at once at most, in bytes.
 _BATCH_BYTES = 262_144
+
+#: With more than this waiting to be written, in bytes, notes are dropped.
+_MOST_UNWRITTEN = 1_048_576
 
 #: How a publish ended.
 STORED, RETURNED, REFUSED = "stored", "returned", "refused"
@@ -29,6 +36,15 @@ class OneShotChannel(Channel):  # type: ignore[misc]
         self.is_open = False
 
 
+class NoteChannel(OneShotChannel):
+    """A channel for what may be lost. The broker closing it (no permission) is nobody else's business."""
+
+    def _on_close(self, reply_code: int, reply_text: str, class_id: int, method_id: int) -> None:
+        self.send_method(spec.Channel.CloseOk)
+        self.is_open = False
+        logger.warning("replays are not told of outcomes: %s", reply_text)
+
+
 class ConfirmPipeline:
     """A channel in confirm mode. Used by one thread at a time; the socket blocks while the broker does not read.
 
@@ -36,8 +52,12 @@ class ConfirmPipeline:
     writes whole batches and reads confirms when there are some.
     """
 
-    def __init__(self, connection: Any, on_outcome: Callable[[Any, str], None]) -> None:
-        """``connection`` is an open `amqp.Connection`."""
+    def __init__(self, connection: Any, on_outcome: Callable[[Any, str], None], *, notes: bool = False) -> None:
+        """``connection`` is an open `amqp.Connection`; ``notes``: `tell` will be used."""
+        self._notes: NoteChannel | None = None
+        if notes:
+            self._notes = NoteChannel(connection)
+            self._notes.open()
         channel = OneShotChannel(connection)
         channel.open()
         self._channel = channel
@@ -77,11 +97,10 @@ class ConfirmPipeline:
 
     def tell(self, queue: str, body: bytes) -> None:
         """Encode a message that may be lost, to a queue that need not exist; nobody hears of its outcome."""
+        if self._notes is None or not self._notes.is_open or self.unwritten > _MOST_UNWRITTEN:
+            return
         message = amqp.Message(body, content_type="application/json", delivery_mode=2)
-        self._data += publish_frames(
-            self._channel.channel_id, message, "", queue, self._connection.frame_max, mandatory=False
-        )
-        self._sequence += 1
+        self._data += publish_frames(self._notes.channel_id, message, "", queue, self._connection.frame_max, mandatory=False)
 
     def write(self) -> None:
         """Hand what was encoded to the broker; blocks while the broker does not read."""

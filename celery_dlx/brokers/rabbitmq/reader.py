@@ -37,6 +37,8 @@ class Reader:
         self.acknowledged: set[str] = set()
         self._settled = 0
         self.depth = 0
+        #: Letters that were counted at the start, and not seen.
+        self.missed = 0
         self._buffer: deque[Any] = deque()
         channel = connection.channel()
         try:
@@ -53,9 +55,9 @@ class Reader:
         channel.basic_consume(self._dlq, callback=self._buffer.append)
 
     def __iter__(self) -> Iterator[Any]:
-        left = self.depth
-        while left and (raw := self._next()) is not None:
-            left -= 1
+        self.missed = self.depth
+        while self.missed and (raw := self._next()) is not None:
+            self.missed -= 1
             self._open[raw.channel].add(raw.delivery_tag)
             yield raw
 

@@ -19,7 +19,7 @@ from celery_dlx.brokers.rabbitmq.declare import Declarer, SideChannel
 from celery_dlx.brokers.rabbitmq.inspect import arguments_over_amqp, by_management
 from celery_dlx.brokers.rabbitmq.letters import exported, imported, letter_of, revived
 from celery_dlx.brokers.rabbitmq.management import Management
-from celery_dlx.brokers.rabbitmq.pipeline import RETURNED, STORED, ConfirmPipeline
+from celery_dlx.brokers.rabbitmq.pipeline import REFUSED, RETURNED, STORED, ConfirmPipeline
 from celery_dlx.brokers.rabbitmq.reader import CHANNELS, PER_CHANNEL, Reader
 from celery_dlx.brokers.rabbitmq.unreachable import unreachable
 from celery_dlx.errors import ReplayError, UnsafeQueueError
@@ -67,6 +67,7 @@ class RabbitMQBroker:
         self.insist = False
         self._safe: set[str] = set()
         self._reports: Any = None
+        self._unwatchable: set[str] = set()
         self._reported = 0
 
     def _connection(self) -> Any:
@@ -189,10 +190,15 @@ class RabbitMQBroker:
             letter = letter_of(raw, queue, dlq)
             if not match(letter):
                 continue
-            message, changes = revived(letter, user, run.replay)
-            # Through the default exchange: the original one may fan out to queues that had no part in this death.
             to = run.to or letter.queue
-            pipeline.publish(_InFlight(letter, raw, changes, to), message, "", to)
+            try:
+                message, changes = revived(letter, user, run.replay)
+                # Through the default exchange: the original one may fan out to queues that had no part in this death.
+                pipeline.publish(_InFlight(letter, raw, changes, to), message, "", to)
+            except Exception as exc:  # noqa: BLE001 - this one cannot be sent; the others can
+                failed.append(_InFlight(letter, raw, [], to))
+                failed[-1].outcome = f"it cannot be encoded ({exc})"
+                continue
             taken += 1
             if pipeline.unwritten >= _WRITE_BYTES:
                 pipeline.write()
@@ -205,7 +211,8 @@ class RabbitMQBroker:
         yield from self._settle(reader, done, failed)
         if failed:
             first = failed[0]
-            why = f"queue {first.to!r} does not exist" if first.outcome == RETURNED else "the broker refused it"
+            known = {RETURNED: f"queue {first.to!r} does not exist", REFUSED: "the broker refused it"}
+            why = known.get(str(first.outcome), str(first.outcome))
             raise ReplayError(
                 f"{len(failed)} letters stay in {dlq!r}, the first is {first.letter.id}: {why}; create the queue "
                 "(start its worker) and replay again"
@@ -260,6 +267,8 @@ class RabbitMQBroker:
                 logger.warning("what becomes of replayed letters cannot be watched: %s", exc.reply_text)
 
     def outcomes(self, replay: str) -> list[dict[str, Any]]:
+        if replay in self._unwatchable:
+            return []
         if self._reports is None or not self._reports.is_open:
             self._reports, self._reported = self._connection().channel(), 0
         if self._reported:
@@ -270,8 +279,9 @@ class RabbitMQBroker:
             while len(found) < WINDOW and (raw := self._reports.basic_get(report_queue(replay))) is not None:
                 self._reported = raw.delivery_tag
                 found.append(read_report(raw.body))
-        except NotFound:
-            self._reports = None
+        except ChannelError as exc:  # not there, or not for this user: what becomes of the letters stays unknown
+            logger.debug("no reports: %s", exc.reply_text)
+            self._unwatchable.add(replay)
         return found
 
     def export(self, queue: str, match: Match, limit: int | None = None) -> Iterator[dict[str, Any]]:
@@ -282,10 +292,16 @@ class RabbitMQBroker:
                 letter = letter_of(raw, queue, dlq)
                 if not match(letter):
                     continue
-                yield exported(raw, letter)
+                yield exported(raw, letter, queue)
                 taken += 1
                 if taken == limit:
                     break
+            else:
+                if reader.missed:
+                    raise ReplayError(
+                        f"{reader.missed} letters of {dlq!r} were not seen: somebody else holds them, or there are more "
+                        f"than {PER_CHANNEL * CHANNELS}; nothing was removed, try again"
+                    )
         finally:
             reader.close()
 

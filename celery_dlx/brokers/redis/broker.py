@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import json
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
+from math import isfinite
 from typing import Any
 
 import redis
@@ -29,7 +31,7 @@ class RedisBroker:
         self._policy = policy
         self._connection: Any = None
         self._opened: LetterStore | None = None
-        self._reported = 0
+        self._reported: dict[str, int] = {}
 
     @property
     def _store(self) -> LetterStore:
@@ -106,7 +108,8 @@ class RedisBroker:
                     wanted.append((letter_id, score, record))
             items = self._store.payloads(queue, [letter_id for letter_id, _, _ in wanted])
             for (letter_id, score, record), item in zip(wanted, items, strict=True):
-                yield letter_id, score, record, item
+                if item is not None:  # else it left meanwhile
+                    yield letter_id, score, record, item
 
     def _list_key(self, queue: str, message: bytes) -> str:
         return str(self._connection.default_channel.dlx_list_key(queue, parse_item(message) or {}))
@@ -115,8 +118,8 @@ class RedisBroker:
         """Nothing to prepare: workers make the list."""
 
     def outcomes(self, replay: str) -> list[dict[str, Any]]:
-        found = self._store.reports(replay, self._reported)
-        self._reported = len(found)
+        found = self._store.reports(replay, self._reported.get(replay, 0))
+        self._reported = {replay: len(found)}
         return [read_report(report) for report in found]
 
     def export(self, queue: str, match: Match, limit: int | None = None) -> Iterator[dict[str, Any]]:
@@ -139,6 +142,8 @@ class RedisBroker:
             try:
                 score = repr(float(line["score"]))
                 record, item = (base64.b64decode(line[key], validate=True) for key in ("record", "body"))
+                if not isfinite(float(score)) or not isinstance(json.loads(record), dict):
+                    raise ValueError
             except (KeyError, ValueError, TypeError):
                 raise UsageError(
                     f"letter {line['id']}: not as it was exported; {restored} were restored before it"

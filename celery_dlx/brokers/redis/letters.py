@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Mapping
+from math import isfinite
 from typing import Any
 
 from celery_dlx.letters import DeadLetter, Original, read_record
@@ -69,9 +70,11 @@ def letter_of(record: bytes | None, item: bytes | None, score: float, dlq: str) 
         fields = json.loads(record or b"{}")
     except ValueError:
         fields = {}
+    if not isinstance(fields, dict):
+        fields = {}
     original = original_of(item) if item is not None else Original()
     letter = read_record(fields, original, dlq)
-    letter.died_at = int(score)
+    letter.died_at = int(score) if isfinite(score) else 0
     if item is None:
         for name in ("task", "task_id", "root_id", "parent_id", "args", "kwargs"):
             setattr(letter, name, fields.get(name))

@@ -20,6 +20,8 @@ _COUNT_MEMORY = 604_800_000
 #: Longest record stored on a full server, in characters of traceback.
 _SLIM_TRACEBACK = 512
 _PAGE = 500
+#: Reports kept of one replay: anybody can send messages that make some.
+_MOST_REPORTS = 100_000
 
 
 @lru_cache(maxsize=1)
@@ -199,6 +201,7 @@ class LetterStore:
         key = f"{self.prefix}{report_queue(replay)}"
         pipe = self.client.pipeline()
         pipe.rpush(key, report)
+        pipe.ltrim(key, -_MOST_REPORTS, -1)
         pipe.expire(key, REPORT_SECONDS)
         pipe.execute()
 
