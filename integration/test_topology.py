@@ -13,12 +13,20 @@ import amqp
 import pytest
 from kombu import Connection
 from raw import Sender
-from servers import free_port, wait_for
+from servers import free_port, start_broker, wait_for
 from workers import Load, Worker, environment
 
 from celery_dlx.brokers.rabbitmq.inspect import arguments_over_amqp, by_management
 from celery_dlx.brokers.rabbitmq.management import Management
 from celery_dlx.topology.live import has_net
+
+
+@pytest.fixture(scope="module")
+def rabbitmq():
+    """A broker without the thousands of queues of the other tests: each policy that is set is matched with each queue."""
+    broker = start_broker("rabbitmq")
+    yield broker
+    broker.stop()
 
 
 @pytest.fixture
