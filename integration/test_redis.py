@@ -14,6 +14,7 @@ from servers import wait_for
 from workers import Worker
 
 from celery_dlx import DeadLetters
+from celery_dlx.brokers.redis.deliveries import deliveries_key
 from celery_dlx.policy.settings import Policy
 
 
@@ -112,6 +113,23 @@ def test_a_killed_workers_messages_come_back_and_are_counted(redis_server, queue
         (letter,) = worker.wait_letters(queue, 1)
         assert (letter["reason"], letter["deliveries"], letter["task_id"]) == ("max_deliveries", 3, item_id)
         assert worker.ran() == [], "poison is not run again"
+
+
+def test_returns_are_counted_whichever_connection_looks_for_overdue_messages(redis_server, queue, client):
+    """Often it is one that covers no queue: Celery's for remote control, or that of a tool."""
+    Sender(redis_server.url).task(queue, "matrix_app.ok")
+    item = client.rpop(queue)
+    own_tag = json.loads(item)["properties"]["delivery_tag"]
+    counts = deliveries_key("", queue)
+    app = Celery(broker=redis_server.url, set_as_current=False)
+    DeadLetters(app, policy=Policy())
+    with app.connection_for_read() as connection:
+        channel = connection.channel()
+        for returns in (1, 2):
+            channel.dlx_deliveries.register("unacked", "unacked_index", "dlx-dead:1", item, queue, own_tag)
+            channel.qos.restore_by_tag("dlx-dead:1")
+            assert client.rpop(queue) == item
+            assert client.hget(counts, own_tag) == str(returns).encode()
 
 
 def test_a_stock_worker_restores_our_deliveries_to_their_queue(redis_server, queue, client):

@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
-from importlib import resources
 from typing import Any
 
 import redis
 
+from celery_dlx.brokers.redis.deliveries import deliveries_key
 from celery_dlx.brokers.redis.letters import to_json
+from celery_dlx.brokers.redis.scripts import load
 from celery_dlx.letters import DeadLetter, clip
 from celery_dlx.policy.settings import Policy, QueueSettings
 from celery_dlx.replaying import REPORT_SECONDS, report_queue
 
-#: How long a message's delivery count is remembered after its last return, in milliseconds (a week).
-_COUNT_MEMORY = 604_800_000
 #: Longest record stored on a full server, in characters of traceback.
 _SLIM_TRACEBACK = 512
 _PAGE = 500
 #: Reports kept of one replay: anybody can send messages that make some.
 _MOST_REPORTS = 100_000
-
-
-@lru_cache(maxsize=1)
-def sources() -> dict[str, str]:
-    """The Lua scripts by name."""
-    folder = resources.files("celery_dlx.brokers.redis") / "scripts"
-    return {entry.name[:-4]: entry.read_text("utf-8") for entry in folder.iterdir() if entry.name.endswith(".lua")}
 
 
 def is_full(exc: BaseException) -> bool:
@@ -39,45 +29,23 @@ def is_full(exc: BaseException) -> bool:
 class LetterStore:
     """Scripts over one Redis database. ``client`` must not prefix keys: this does, for scripts prefix only the first."""
 
+    NAMES = ("capture", "discard", "import", "purge", "replay")
+
     def __init__(self, client: Any, prefix: str, policy: Policy) -> None:
         self.client = client
         self.prefix = prefix
         self._policy = policy
-        self._scripts = {name: client.register_script(source) for name, source in sources().items()}
+        self._scripts = {name: load(client, name) for name in self.NAMES}
         self._keys: dict[str, list[str]] = {}
 
     def keys(self, queue: str) -> list[str]:
-        """letters, payloads, records, stats, deliveries of a queue's DLQ."""
+        """letters, payloads, records, stats of a queue's DLQ."""
         keys = self._keys.get(queue)
         if keys is None:
             base = f"{self.prefix}dlx:{{{self._policy.dlq(queue)}}}"
-            keys = [base, *(f"{base}:{part}" for part in ("payloads", "records", "stats", "deliveries"))]
+            keys = [base, *(f"{base}:{part}" for part in ("payloads", "records", "stats"))]
             self._keys[queue] = keys
         return keys
-
-    # -- deliveries
-
-    def register(self, unacked: str, index: str, tag: str, item: bytes, queue: str, own_tag: str) -> int:
-        return int(
-            self._scripts["register"](
-                keys=[self.prefix + unacked, self.prefix + index, self.keys(queue)[4]],
-                args=[tag, item, json.dumps(queue), own_tag],
-            )
-        )
-
-    def ack(self, unacked: str, index: str, tag: str, queue: str, own_tag: str) -> bool:
-        """Forget a delivery; ``own_tag`` only if its count must be forgotten too."""
-        keys = [self.prefix + unacked, self.prefix + index, self.keys(queue)[4]]
-        return bool(self._scripts["ack"](keys=keys, args=[tag, own_tag]))
-
-    def renew(self, index: str, tags: Sequence[str]) -> None:
-        """Give deliveries a new age; those that are not unacknowledged any more stay gone."""
-        now, micros = self.client.time()
-        self.client.zadd(self.prefix + index, dict.fromkeys(tags, now + micros / 1e6), xx=True)
-
-    def restore(self, unacked: str, index: str, tag: str, queue: str, list_key: str, own_tag: str, leftmost: bool) -> bool:
-        keys = [self.prefix + unacked, self.prefix + index, self.keys(queue)[4], self.prefix + list_key]
-        return bool(self._scripts["restore"](keys=keys, args=[tag, "L" if leftmost else "R", own_tag, _COUNT_MEMORY]))
 
     # -- letters
 
@@ -96,8 +64,8 @@ class LetterStore:
         Returns False if the delivery is not there any more.
         """
         unacked, index, tag = delivery or ("", "", "")
-        name, payloads, records, stats, deliveries = self.keys(letter.queue)
-        keys = [name, payloads, records, stats, self.prefix + unacked, self.prefix + index, deliveries]
+        deliveries = deliveries_key(self.prefix, letter.queue)
+        keys = [*self.keys(letter.queue), self.prefix + unacked, self.prefix + index, deliveries]
 
         def run(record: str, force: str) -> bool:
             caps = [settings.dlq_max_length, int(settings.dlq_max_age * 1000), settings.dlq_max_bytes or 0]
@@ -121,7 +89,7 @@ class LetterStore:
         """
         pipe = self.client.pipeline(transaction=False)
         for letter, settings, item in letters:
-            keys = [*self.keys(letter.queue)[:4], self.prefix, self.prefix, self.keys(letter.queue)[4]]
+            keys = [*self.keys(letter.queue), self.prefix, self.prefix, deliveries_key(self.prefix, letter.queue)]
             caps = [settings.dlq_max_length, int(settings.dlq_max_age * 1000), settings.dlq_max_bytes or 0]
             args = [letter.id, to_json(letter), letter.reason, *caps, "", "", "", item]
             self._scripts["capture"](keys=keys, args=args, client=pipe)
@@ -174,19 +142,19 @@ class LetterStore:
         args: list[Any] = []
         for letter_id, score, list_key, item in moves:
             args += [letter_id, repr(score), lists.index(list_key) + 1, item]
-        keys = [*self.keys(queue)[:4], *(self.prefix + key for key in lists)]
+        keys = [*self.keys(queue), *(self.prefix + key for key in lists)]
         return {member.decode() for member in self._scripts["replay"](keys=keys, args=args)}
 
     def restore_letter(self, queue: str, letter_id: str, score: str, record: bytes, item: bytes) -> bool:
         """Put a letter back as it was; ``False`` if it is there."""
-        return bool(self._scripts["import"](keys=self.keys(queue)[:4], args=[letter_id, score, record, item]))
+        return bool(self._scripts["import"](keys=self.keys(queue), args=[letter_id, score, record, item]))
 
     def discard(self, queue: str, ids: Sequence[str]) -> set[str]:
         """Delete letters; returns the ids that were there."""
-        return {member.decode() for member in self._scripts["discard"](keys=self.keys(queue)[:4], args=list(ids))}
+        return {member.decode() for member in self._scripts["discard"](keys=self.keys(queue), args=list(ids))}
 
     def purge(self, queue: str) -> int:
-        return int(self._scripts["purge"](keys=self.keys(queue)[:4]))
+        return int(self._scripts["purge"](keys=self.keys(queue)))
 
     def count(self, queue: str) -> int:
         return int(self.client.zcard(self.keys(queue)[0]))

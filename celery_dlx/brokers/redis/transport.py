@@ -12,7 +12,7 @@ import logging
 import uuid
 from collections import deque
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import redis
@@ -22,6 +22,7 @@ from kombu.utils.encoding import bytes_to_str
 from kombu.utils.json import loads
 
 from celery_dlx.brokers.base import Delivery
+from celery_dlx.brokers.redis.deliveries import Deliveries
 from celery_dlx.brokers.redis.letters import original_of
 from celery_dlx.brokers.redis.store import LetterStore
 from celery_dlx.letters import DeadLetter
@@ -54,7 +55,7 @@ class QoS(stock.QoS):  # type: ignore[misc]
             message.delivery_info = {}  # whatever a producer put there; kombu and Celery expect a mapping
         item, own_tag = inbound[1], str(delivery_tag)
         tag = self.channel.dlx_next_tag()
-        restored = self.channel.dlx_store.register(self.unacked_key, self.unacked_index_key, tag, item, queue, own_tag)
+        restored = self.channel.dlx_deliveries.register(self.unacked_key, self.unacked_index_key, tag, item, queue, own_tag)
         flagged = bool(message.headers.get("redelivered"))
         delivery = RedisDelivery(queue=queue, settings=settings, original=partial(original_of, item))
         delivery.own_tag, delivery.redelivered = own_tag, bool(restored) or flagged
@@ -80,7 +81,9 @@ class QoS(stock.QoS):  # type: ignore[misc]
             return
         delivery = covered[1]
         own_tag = delivery.own_tag if delivery.redelivered else ""
-        if not self.channel.dlx_store.ack(self.unacked_key, self.unacked_index_key, delivery_tag, delivery.queue, own_tag):
+        if not self.channel.dlx_deliveries.ack(
+            self.unacked_key, self.unacked_index_key, delivery_tag, delivery.queue, own_tag
+        ):
             logger.info("a message of %r was restored while it ran: it will run again", delivery.queue)
         virtual.QoS.ack(self, delivery_tag)
 
@@ -125,8 +128,8 @@ class QoS(stock.QoS):  # type: ignore[misc]
         again, and would count as poison in the end.
         """
         held = [tag for tag in list(self._delivered) if tag not in self._dirty and self._covered(tag)]
-        if held and self.channel.dlx_store is not None:
-            self.channel.dlx_store.renew(self.unacked_index_key, held)
+        if held:
+            self.channel.dlx_deliveries.renew(self.unacked_index_key, held)
 
     def restore_unacked(self, client: Any = None) -> None:
         """At shutdown: every message for itself; one that cannot be restored comes after the visibility timeout."""
@@ -139,17 +142,18 @@ class QoS(stock.QoS):  # type: ignore[misc]
 
     def restore_by_tag(self, tag: Any, client: Any = None, leftmost: bool = False) -> Any:
         name = bytes_to_str(tag)
-        if not name.startswith(_TAG) or self.channel.dlx_store is None:
+        if not name.startswith(_TAG):
             return super().restore_by_tag(tag, client=client, leftmost=leftmost)
-        store = self.channel.dlx_store
-        entry = store.client.hget(store.prefix + self.unacked_key, name)
-        if entry is None:
-            store.client.zrem(store.prefix + self.unacked_index_key, name)
+        # Any connection may do it, one that covers no queue and knows no policy too: Celery's own for remote control, a
+        # tool's. A return that is not counted would let poison be executed once more.
+        deliveries = self.channel.dlx_deliveries
+        found = deliveries.held(self.unacked_key, self.unacked_index_key, name)
+        if found is None:
             return False
-        payload, _, queue = loads(bytes_to_str(entry))
+        payload, _, queue = loads(bytes_to_str(found))
         own_tag = str((payload.get("properties") or {}).get("delivery_tag") or "")
         list_key = self.channel.dlx_list_key(queue, payload)
-        return store.restore(self.unacked_key, self.unacked_index_key, name, queue, list_key, own_tag, leftmost)
+        return deliveries.restore(self.unacked_key, self.unacked_index_key, name, queue, list_key, own_tag, leftmost)
 
 
 class _RecordsReplies:
@@ -203,6 +207,11 @@ class ChannelMixin:
     def dlx_letter_store(self, policy: Policy) -> LetterStore:
         client = redis.Redis(connection_pool=self.pool)  # type: ignore[attr-defined]
         return LetterStore(client, self.global_keyprefix, policy)  # type: ignore[attr-defined]
+
+    @cached_property
+    def dlx_deliveries(self) -> Deliveries:
+        client = redis.Redis(connection_pool=self.pool)  # type: ignore[attr-defined]
+        return Deliveries(client, self.global_keyprefix)  # type: ignore[attr-defined]
 
     def dlx_next_tag(self) -> str:
         return f"{self._dlx_nonce}{next(self._dlx_sequence)}"
