@@ -97,7 +97,7 @@ class Engine:
             self.journal.write("end", stopped=self._stop)
 
     def _run(self) -> Iterator[Replayed]:
-        while self.options.canary and not self.record.proven and self._stop is None:
+        while self.options.canary and not self.record.proven and not self._over():
             if not self._in_state("selected"):
                 break
             yield from self._send_canaries(self.options.canary)

@@ -108,6 +108,17 @@ def test_canaries_nobody_reports_on():
     assert record.summary()["left"] == 2
 
 
+def test_an_interrupted_wait_for_canaries_ends():
+    broker, pressed = Lists(letters(4), None), []
+    record = run(
+        broker,
+        Options(canary=2, wait=0),
+        interrupted=lambda: bool(pressed),
+        on_progress=lambda record: pressed.append(len(broker.queue)),
+    )
+    assert (record.stopped, pressed, record.summary()["left"]) == ("interrupted", [2], 2)
+
+
 def test_a_failure_of_another_kind_does_not_stop_it():
     broker = Lists(letters(3), "failed")
     record = run(broker, Options(stop_on_repeat=False, wait=0))
