@@ -102,7 +102,7 @@ def _rabbitmq(dead: DeadLetters) -> Iterator[Check]:
         except DeadLetterError as exc:
             yield Check("management", CRITICAL, str(exc), "correct topology.management_url, or the user's tags")
             return
-        serious = [finding for finding in plan.findings if finding.severity != INFO and finding.code != "DLX131"]
+        serious = [finding for finding in plan.findings if finding.severity != INFO]
         if plan.steps or serious:
             what = [f"{len(plan.steps)} changes to make"] * bool(plan.steps)
             what += [f"{finding.code} {finding.subject}: {finding.message}" for finding in serious]
@@ -231,13 +231,14 @@ def _settings(dead: DeadLetters, kind: str) -> Iterator[Check]:
 
 
 def _workers(dead: DeadLetters) -> Iterator[Check]:
-    inspect = dead.app.control.inspect(timeout=_ANSWER)
-    queues = inspect.active_queues() or {}
+    control = dead.app.control
+    queues = control.inspect(timeout=_ANSWER).active_queues() or {}
     if not queues:
         yield Check("workers", WARNING, "no worker answers", "celery -A APP worker")
         return
     # A worker without the bootstep does not know the question, and answers with an error.
-    answers = inspect._request("dlx_status") or {}
+    found = control.broadcast("dlx_status", reply=True, timeout=_ANSWER) or []
+    answers = {name: answer for reply in found for name, answer in reply.items()}
     for name in sorted(queues):
         consumed = [str(queue.get("name")) for queue in queues[name]]
         managed = [queue for queue in consumed if (settings := dead.policy.settings(queue)) is not None and settings.enabled]

@@ -77,7 +77,7 @@ KINDS: dict[str, Kind] = {
         WARNING, "nothing can be changed by this user", "run the commands shown, or give the user the tag policymaker"
     ),
     "DLX131": Kind(
-        WARNING,
+        INFO,
         "bindings and RabbitMQ policies cannot be seen or set over AMQP",
         "set `topology.management_url` or CELERY_DLX_MANAGEMENT_URL",
     ),

@@ -94,9 +94,9 @@ def make_plan(policy: Policy, queues: Iterable[str], live: LiveBroker) -> Plan:
 def _without_ours(live: LiveBroker, name: str) -> LiveQueue | None:
     """A live queue as it would be without our policy: that one is made anew from what is left."""
     found = live.queues.get(name)
-    if found is None or found.policy != policy_name(name):
-        return found
-    under, _ = beneath(live.policies or (), name, found.type)
+    if found is None or live.policies is None or found.policy != policy_name(name):
+        return found  # over AMQP nobody can tell what would be left
+    under, _ = beneath(live.policies, name, found.type)
     return replace(found, given=under.definition if under else {})
 
 
@@ -256,7 +256,8 @@ def _plan_policy(
     if live.policies is None:
         # Another policy may say it already; nobody can tell over AMQP.
         if wanted and any(found.given.get(key) != value for key, value in wanted.items()):
-            seen = LivePolicy(found.policy, "", definition=found.given) if found.policy else None
+            kept = {key: value for key, value in found.given.items() if key not in drop}
+            seen = LivePolicy(found.policy, "", definition=kept) if found.policy else None
             ours = merged(found.name, wanted, seen, known, live.version)
             first = (
                 f"; give it a priority above that of {found.policy!r}" if found.policy else "; look at list_policies first"
