@@ -22,6 +22,8 @@ logger = logging.getLogger("celery_dlx")
 
 #: How long a letter may wait for company, in seconds, and how many share a round trip at most.
 _LINGER, _BATCH = 0.02, 100
+#: Reports that wait, at most: while Redis is away the oldest are forgotten.
+_MOST_REPORTS = 10_000
 
 
 class RedisCapturer:
@@ -36,6 +38,7 @@ class RedisCapturer:
         self._worker = worker
         self._lock = threading.Lock()
         self._pending: deque[tuple[DeadLetter, bytes, Callable[[bool], None]]] = deque()
+        self._reports: deque[tuple[str, str]] = deque(maxlen=_MOST_REPORTS)
         self._hub: Any = None
         self._scheduled = False
         self._connection: Any = None
@@ -49,18 +52,19 @@ class RedisCapturer:
 
     def capture(self, letter: DeadLetter, alive: Callable[[], bool] | None, done: Callable[[bool], None]) -> None:
         self._pending.append((letter, letter.original.raw, done))
+        self._soon()
+
+    def _soon(self) -> None:
+        """Store a little later, with what comes until then: a round trip for many costs as much as for one."""
         if self._hub is None or self.eager:
             self.flush(0)
         elif not self._scheduled:
-            # A little later, with what comes until then: a round trip for many costs as much as for one.
             self._scheduled = True
             self._hub.call_later(_LINGER, self._turn)
 
     def report(self, replay: str, outcome: dict[str, Any]) -> None:
-        try:
-            self._letter_store().report(replay, json.dumps(outcome))
-        except Exception as exc:  # noqa: BLE001 - news, not data
-            logger.warning("replay %s was not told of an outcome: %s", replay, exc)
+        self._reports.append((replay, json.dumps(outcome)))
+        self._soon()
 
     def garbage(self, queue: str, item: bytes, exc: Exception) -> None:
         """A list item that is no message."""
@@ -109,6 +113,7 @@ class RedisCapturer:
         while True:
             with self._lock:
                 stored_all = self._store_pending()
+                self._tell()
             if stored_all or monotonic() >= deadline:
                 return len(self._pending)
             threading.Event().wait(0.2)
@@ -152,6 +157,17 @@ class RedisCapturer:
                 except Exception:
                     logger.exception("a receiver of letter %s failed", letter.id)
         return True
+
+    def _tell(self) -> None:
+        """What becomes of replayed messages: news, not data, so one attempt is enough."""
+        if not self._reports:
+            return
+        reports = [self._reports.popleft() for _ in range(len(self._reports))]
+        try:
+            self._letter_store().report(reports)
+        except Exception as exc:  # noqa: BLE001
+            logger.warning("replays were not told of %d outcomes: %s", len(reports), exc)
+            self.close()
 
     def _letter_store(self) -> LetterStore:
         if self._store is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import redis
@@ -165,12 +165,17 @@ class LetterStore:
 
     # -- what becomes of replayed messages
 
-    def report(self, replay: str, report: str) -> None:
-        key = f"{self.prefix}{report_queue(replay)}"
+    def report(self, reports: Iterable[tuple[str, str]]) -> None:
+        """Tell replays, by id, what became of their letters, in one round trip."""
+        by_replay: dict[str, list[str]] = {}
+        for replay, report in reports:
+            by_replay.setdefault(replay, []).append(report)
         pipe = self.client.pipeline()
-        pipe.rpush(key, report)
-        pipe.ltrim(key, -_MOST_REPORTS, -1)
-        pipe.expire(key, REPORT_SECONDS)
+        for replay, told in by_replay.items():
+            key = f"{self.prefix}{report_queue(replay)}"
+            pipe.rpush(key, *told)
+            pipe.ltrim(key, -_MOST_REPORTS, -1)
+            pipe.expire(key, REPORT_SECONDS)
         pipe.execute()
 
     def reports(self, replay: str, forget: int) -> list[bytes]:
