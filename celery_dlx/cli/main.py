@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import click
@@ -69,21 +69,38 @@ DRY_RUN = click.option("--dry-run", is_flag=True, help="Only say what would be d
 
 def filters(function: Any) -> Any:
     """The options that select letters."""
-    for option in (
-        click.option("--limit", type=click.IntRange(min=1), help="At most this many."),
-        click.option("--until", metavar="WHEN", help="Died at or before: a time, or an age such as 2h."),
-        click.option("--since", metavar="WHEN", help="Died at or after: a time, or an age such as 2h."),
-        click.option("--exception", metavar="TYPE", help="Exception type, with or without module, or glob."),
-        click.option("--reason", type=click.Choice([str(reason) for reason in Reason])),
-        click.option("--text", metavar="WORDS", help="Words in the exception's message."),
-        click.option("--worker", metavar="NAME", help="Worker name or glob."),
-        click.option("--root-id", metavar="ID", help="Id of the workflow's first task."),
-        click.option("--task-id", metavar="ID", help="Task id."),
-        click.option("--group", "fingerprint", metavar="FINGERPRINT", help="One group of `dlx groups`."),
-        click.option("--task", metavar="NAME", help="Task name or glob."),
-    ):
+    return _decorated(function, _FILTERS)
+
+
+def targets(function: Any) -> Any:
+    """The arguments and options of commands that act on letters: which ones, see `split_targets`, and how."""
+    return _decorated(function, (YES, DRY_RUN, FORCE, JSON, *_FILTERS, *_TARGETS))
+
+
+def _decorated(function: Any, options: Iterable[Any]) -> Any:
+    for option in options:
         function = option(function)
     return function
+
+
+_TARGETS = (
+    click.option("--queue", help="The queue, where its name looks like an id."),
+    click.option("--all", "everything", is_flag=True, help="Every letter (of QUEUE, if given)."),
+    click.argument("targets", metavar="[QUEUE] [ID]...", nargs=-1),
+)
+_FILTERS = (
+    click.option("--limit", type=click.IntRange(min=1), help="At most this many."),
+    click.option("--until", metavar="WHEN", help="Died at or before: a time, or an age such as 2h."),
+    click.option("--since", metavar="WHEN", help="Died at or after: a time, or an age such as 2h."),
+    click.option("--exception", metavar="TYPE", help="Exception type, with or without module, or glob."),
+    click.option("--reason", type=click.Choice([str(reason) for reason in Reason])),
+    click.option("--text", metavar="WORDS", help="Words in the exception's message."),
+    click.option("--worker", metavar="NAME", help="Worker name or glob."),
+    click.option("--root-id", metavar="ID", help="Id of the workflow's first task."),
+    click.option("--task-id", metavar="ID", help="Task id."),
+    click.option("--group", "fingerprint", metavar="FINGERPRINT", help="One group of `dlx groups`."),
+    click.option("--task", metavar="NAME", help="Task name or glob."),
+)
 
 
 @command(name="list")
@@ -182,14 +199,7 @@ def preview(dead: DeadLetters, ids: Any, queue: str | None, limit: int | None, s
 
 
 @command()
-@click.argument("targets", metavar="[QUEUE] [ID]...", nargs=-1)
-@click.option("--all", "everything", is_flag=True, help="Every letter (of QUEUE, if given).")
-@click.option("--queue", help="The queue, where its name looks like an id.")
-@filters
-@DRY_RUN
-@YES
-@FORCE
-@JSON
+@targets
 def discard(
     ctx: click.Context,
     targets: tuple[str, ...],

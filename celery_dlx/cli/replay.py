@@ -14,7 +14,7 @@ import click
 
 from celery_dlx.brokers.base import Replayed
 from celery_dlx.cli import output
-from celery_dlx.cli.main import DRY_RUN, FORCE, JSON, YES, command, confirmed, dead_letters, filters, preview, split_targets
+from celery_dlx.cli.main import JSON, command, confirmed, dead_letters, preview, split_targets, targets
 from celery_dlx.errors import EXIT_FINDINGS, UnknownLetterError, UsageError
 from celery_dlx.journal import Record, as_history, history
 from celery_dlx.policy.durations import parse_duration
@@ -44,20 +44,13 @@ def _seconds(ctx: click.Context, option: click.Parameter, value: str | None) -> 
 
 
 @command(name="replay")
-@click.argument("targets", metavar="[QUEUE] [ID]...", nargs=-1)
-@click.option("--all", "everything", is_flag=True, help="Every letter (of QUEUE, if given).")
-@click.option("--queue", help="The queue, where its name looks like an id.")
-@filters
+@targets
 @click.option("--canary", type=click.IntRange(min=1), help="Replay this many, and the rest only if they succeed.")
 @click.option("--rate", metavar="N/s", callback=_rate, help="At most this many letters per second (50/s, 600/m).")
 @click.option("--to", metavar="QUEUE", help="To this queue instead of the one each died in.")
 @click.option("--stop-on-repeat/--no-stop-on-repeat", default=None, help="Stop when a letter dies of the same again.")
 @click.option("--wait", metavar="TIME", callback=_seconds, help="Go on listening this long without news (default 2s).")
 @click.option("--resume", metavar="REPLAY", help="Go on with a replay that was stopped or killed.")
-@DRY_RUN
-@YES
-@FORCE
-@JSON
 def replay_letters(
     ctx: click.Context,
     targets: tuple[str, ...],

@@ -19,7 +19,7 @@ from celery_dlx.brokers.cover import BrokerCover
 from celery_dlx.brokers.queues import identity
 from celery_dlx.brokers.rabbitmq.capture import RabbitMQCapturer
 from celery_dlx.brokers.rabbitmq.inspect import by_management
-from celery_dlx.brokers.rabbitmq.management import Management
+from celery_dlx.brokers.rabbitmq.management import management_of
 from celery_dlx.brokers.redis.capture import RedisCapturer
 from celery_dlx.errors import DeadLetterError
 from celery_dlx.policy.settings import QueueSettings, management_url
@@ -239,10 +239,8 @@ def _without_net(cover: BrokerCover, connection: Any, queues: list[str]) -> list
     url = management_url(cover.policy)
     if url is None:
         return queues
-    user, password = connection.userid or "guest", connection.password or "guest"
     try:
-        management = Management(url, user, password, connection.virtual_host or "/", timeout=_MANAGEMENT_TIMEOUT)
-        with closing(management):
+        with closing(management_of(connection, url, timeout=_MANAGEMENT_TIMEOUT)) as management:
             live = by_management(management, cover.policy.exchange)
     except Exception as exc:  # noqa: BLE001 - advice only: whatever it is, the worker starts
         logger.warning("RabbitMQ policies cannot be seen: %s", exc)

@@ -71,8 +71,6 @@ class RabbitMQCapturer:
     def capture(self, letter: DeadLetter, alive: Callable[[], bool] | None, done: Callable[[bool], None]) -> None:
         self._courier.add(Pending(letter, alive, done, self._declarer.is_covered(letter.queue)))
         if self._hub is not None:
-            if self._courier.line is not None and not self._courier.needs_new_line:
-                self._guarded(self._courier.publish)  # encoded now, one by one: the turn has only to write
             self._schedule(waited_for=alive is not None)
             return
         self._serve_aside()

@@ -1,4 +1,4 @@
-"""AMQP 0-9-1 frames of one publish, encoded in half of py-amqp's time: half of what a letter costs the worker's loop.
+"""AMQP 0-9-1 frames of one publish, encoded in half of py-amqp's time.
 
 Byte for byte what py-amqp writes (a test compares them); values that are not plain are left to its serializer.
 """

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
-from urllib.parse import quote
 
 from amqp.exceptions import AccessRefused, PreconditionFailed, ResourceLocked
 
@@ -107,11 +106,6 @@ def set_policy(management: Management, policy: LivePolicy) -> None:
 
 def clear_policy(management: Management, name: str) -> None:
     management.delete("policies", management.vhost, name)
-
-
-def page_of(management: Management, queue: str) -> str:
-    """Where a person can look at a queue."""
-    return f"{management.url}/#/queues/{quote(management.vhost, safe='')}/{quote(queue, safe='')}"
 
 
 def by_amqp(connection: Any, policy: Policy, queues: Iterable[str]) -> LiveBroker:

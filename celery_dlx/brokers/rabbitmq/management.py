@@ -162,3 +162,9 @@ def _unreachable(url: str, exc: Exception) -> BrokerUnreachableError:
         )
     reason = str(getattr(exc, "strerror", None) or str(exc) or type(exc).__name__).splitlines()[0]
     return BrokerUnreachableError(f"{url}: the management API does not answer: {reason}; check `topology.management_url`")
+
+
+def management_of(connection: Any, url: str, timeout: float = TIMEOUT) -> Management:
+    """The management API with the user, password and virtual host of a `kombu.Connection`, which need not be open."""
+    user, password = connection.userid or "guest", connection.password or "guest"
+    return Management(url, user, password, connection.virtual_host or "/", timeout=timeout)

@@ -12,16 +12,16 @@ from contextlib import closing
 from time import monotonic
 from typing import Any
 
-from amqp.exceptions import AMQPError, ChannelError, NotFound
+from amqp.exceptions import ChannelError, NotFound
 
 from celery_dlx.brokers.base import Match, QueueStats, Replayed, Run
 from celery_dlx.brokers.rabbitmq.declare import Declarer, SideChannel
 from celery_dlx.brokers.rabbitmq.inspect import arguments_over_amqp, by_management
 from celery_dlx.brokers.rabbitmq.letters import exported, imported, letter_of, revived
-from celery_dlx.brokers.rabbitmq.management import Management
+from celery_dlx.brokers.rabbitmq.management import management_of
 from celery_dlx.brokers.rabbitmq.pipeline import REFUSED, RETURNED, STORED, ConfirmPipeline
 from celery_dlx.brokers.rabbitmq.reader import CHANNELS, PER_CHANNEL, Reader
-from celery_dlx.brokers.rabbitmq.unreachable import unreachable
+from celery_dlx.brokers.rabbitmq.unreachable import connected
 from celery_dlx.errors import ReplayError, UnsafeQueueError
 from celery_dlx.letters import DeadLetter
 from celery_dlx.policy.settings import BUILT_IN, Policy
@@ -79,12 +79,7 @@ class RabbitMQBroker:
                 self._open.collect()
                 self._open = None
         if self._open is None:
-            connection = self._connect()
-            try:
-                connection.connect()
-            except (OSError, AMQPError) as exc:
-                raise unreachable(connection, exc) from exc
-            self._open = connection
+            self._open = connected(self._connect())
         return self._open
 
     def close(self) -> None:
@@ -141,9 +136,7 @@ class RabbitMQBroker:
         if found is None:
             return
         if self._management_url:  # a policy may have lifted the limit: AMQP cannot tell
-            user, password = connection.userid or "guest", connection.password or "guest"
-            management = Management(self._management_url, user, password, connection.virtual_host or "/")
-            with closing(management):
+            with closing(management_of(connection, self._management_url)) as management:
                 live = by_management(management, self._policy.exchange)
             if dlq in live.queues:
                 found = live.queues[dlq]
@@ -282,6 +275,7 @@ class RabbitMQBroker:
         except ChannelError as exc:  # not there, or not for this user: what becomes of the letters stays unknown
             logger.debug("no reports: %s", exc.reply_text)
             self._unwatchable.add(replay)
+            self._reported = 0  # its channel is closed
         return found
 
     def export(self, queue: str, match: Match, limit: int | None = None) -> Iterator[dict[str, Any]]:

@@ -9,8 +9,8 @@ from amqp.exceptions import AMQPError
 
 from celery_dlx.brokers.rabbitmq import apply as applying
 from celery_dlx.brokers.rabbitmq.inspect import by_amqp, by_management
-from celery_dlx.brokers.rabbitmq.management import Management, ManagementDeniedError
-from celery_dlx.brokers.rabbitmq.unreachable import unreachable
+from celery_dlx.brokers.rabbitmq.management import Management, ManagementDeniedError, management_of
+from celery_dlx.brokers.rabbitmq.unreachable import connected
 from celery_dlx.errors import TopologyError
 from celery_dlx.policy.settings import Policy
 from celery_dlx.topology.findings import Finding
@@ -44,21 +44,14 @@ class RabbitMQTopology:
             BrokerUnreachableError: there is none to be had.
         """
         if self._open is None:
-            connection = self._connect()
-            try:
-                connection.connect()
-            except (OSError, AMQPError) as exc:
-                raise unreachable(connection, exc) from exc
-            self._open = connection
+            self._open = connected(self._connect())
         return self._open
 
     @property
     def management(self) -> Management | None:
         """The management API, if one is configured; credentials and virtual host are the broker URL's."""
         if self._management is None and self._url:
-            broker = self._connect()
-            vhost = broker.virtual_host or "/"
-            self._management = Management(self._url, broker.userid or "guest", broker.password or "guest", vhost)
+            self._management = management_of(self._connect(), self._url)
         return self._management
 
     def close(self) -> None:
