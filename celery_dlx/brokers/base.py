@@ -72,6 +72,9 @@ class Capturer(Protocol):
     def detach(self) -> None:
         """The event loop does not run any more."""
 
+    def acknowledge(self, message: Any) -> bool:
+        """Acknowledge the original of a stored letter together with others; ``False``: the caller has to."""
+
     def report(self, replay: str, outcome: dict[str, Any]) -> None:
         """Tell a replay what became of one of its messages; best effort."""
 

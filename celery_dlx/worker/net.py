@@ -69,6 +69,8 @@ class Net:
                     logger.error("letter %s goes to %r by the broker, without its annotations", letter.id, letter.dlq)
                 if not owned or not _channel_open(message):
                     return
+                if stored and self.looping and self.capturer.acknowledge(message):
+                    return
                 marshalled = (ack if stored else reject) if self.looping else None
                 (marshalled or (lambda: self._direct(message, "ack" if stored else "reject")))()
 

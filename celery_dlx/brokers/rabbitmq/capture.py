@@ -20,6 +20,7 @@ from time import monotonic
 from typing import Any
 
 from celery_dlx.brokers.base import Delivery
+from celery_dlx.brokers.rabbitmq.acks import AckBatch
 from celery_dlx.brokers.rabbitmq.courier import Courier, Line, Pending, reason_of
 from celery_dlx.brokers.rabbitmq.declare import Declarer
 from celery_dlx.letters import DeadLetter, Death, bare_letter, compose
@@ -57,6 +58,9 @@ class RabbitMQCapturer:
         self._timer_entry: Any = None
         self._scheduled = False
         self._writing = False
+        #: Confirms are being read: what they allow to be acknowledged is collected.
+        self._reading = False
+        self._acks = AckBatch()
         self._connecting = False
         self._closing = threading.Event()
         self._arrived = threading.Event()
@@ -81,6 +85,11 @@ class RabbitMQCapturer:
         if self._server is None or not self._server.is_alive():
             self._server = threading.Thread(target=self._serve, name="celery-dlx-capture", daemon=True)
             self._server.start()
+
+    def acknowledge(self, message: Any) -> bool:
+        if self._reading:
+            self._acks.add(message)
+        return self._reading
 
     def report(self, replay: str, outcome: dict[str, Any]) -> None:
         self._courier.note(report_queue(replay), json.dumps(outcome).encode())
@@ -160,7 +169,12 @@ class RabbitMQCapturer:
     def _on_readable(self) -> None:
         line = self._courier.line
         if line is not None:
-            self._guarded(partial(line.pipeline.read_some, once=True))
+            self._reading = True
+            try:
+                self._guarded(partial(line.pipeline.read_some, once=True))
+            finally:
+                self._reading = False
+                self._acks.write()
             if self._courier.needs_new_line:
                 self._schedule()
 

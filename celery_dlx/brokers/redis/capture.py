@@ -62,16 +62,25 @@ class RedisCapturer:
             self._scheduled = True
             self._hub.call_later(_LINGER, self._turn)
 
+    def acknowledge(self, message: Any) -> bool:
+        return False
+
     def report(self, replay: str, outcome: dict[str, Any]) -> None:
         self._reports.append((replay, json.dumps(outcome)))
-        self._soon()
+        if self._hub is not None and not self.eager:
+            self._soon()
+        elif self._lock.acquire(blocking=False):  # else it is told by the flush that is under way, or by the next one
+            try:
+                self._tell()
+            finally:
+                self._lock.release()
 
-    def garbage(self, queue: str, item: bytes, exc: Exception) -> None:
-        """A list item that is no message."""
+    def garbage(self, queue: str, item: bytes, exc: Exception, store: bool) -> DeadLetter | None:
+        """The letter of a list item that is no message; ``None`` if the policy wants none. ``store``: store it, too."""
         settings = self._policy.settings(queue)
         if settings is None or not settings.captures("malformed"):
             logger.error("an item of %r is no message and is dropped, as the policy says: %s", queue, exc)
-            return
+            return None
         death = Death(
             reason=Reason.MALFORMED.value,
             queue=queue,
@@ -83,8 +92,10 @@ class RedisCapturer:
         )
         letter = compose(death, Original(body=item, raw=item), self._policy.dlq(queue))
         logger.error("an item of %r is no message: kept as dead letter %s: %s", queue, letter.id, exc)
-        self.capture(letter, None, lambda stored: None)
-        self.flush(0)  # its item is in no list any more
+        if store:
+            self.capture(letter, None, lambda stored: None)
+            self.flush(0)  # its item is in no list any more
+        return letter
 
     def open(self) -> None:
         """Connect, and store what waited for it."""
