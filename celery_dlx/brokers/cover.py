@@ -13,6 +13,7 @@ from celery_dlx.brokers.base import DELIVERY_KEY, Delivery
 from celery_dlx.brokers.queues import identity
 from celery_dlx.brokers.rabbitmq.declare import Declarer
 from celery_dlx.brokers.rabbitmq.letters import original_of
+from celery_dlx.letters import DeadLetter
 from celery_dlx.policy.settings import Policy, QueueSettings
 from celery_dlx.topology.arguments import source_arguments
 
@@ -26,7 +27,7 @@ class BrokerCover:
         self._announced: set[str] = set()
         self.queue_classes: dict[type, type] = {}
         #: What becomes of a Redis list item that is no message; set by the worker.
-        self.on_garbage: Callable[[str, bytes, Exception], None] | None = None
+        self.on_garbage: Callable[[str, bytes, Exception, bool], DeadLetter | None] | None = None
 
     @property
     def policy(self) -> Policy:

@@ -50,7 +50,26 @@ class Deliveries:
         now, micros = self.client.time()
         self.client.zadd(self.prefix + index, dict.fromkeys(tags, now + micros / 1e6), xx=True)
 
-    def restore(self, unacked: str, index: str, tag: str, queue: str, list_key: str, own_tag: str, leftmost: bool) -> bool:
-        """Put a delivery back into its list, and count it; ``False`` if somebody else did."""
+    def restore(
+        self,
+        unacked: str,
+        index: str,
+        tag: str,
+        queue: str,
+        list_key: str,
+        own_tag: str,
+        leftmost: bool,
+        older: float | None = None,
+    ) -> bool:
+        """Put a delivery back into its list, and count it; ``False`` if somebody else did.
+
+        ``older``: only if it was not renewed for so long, in seconds by the server's clock.
+        """
         keys = [*self._keys(unacked, index, queue), self.prefix + list_key]
-        return bool(self._scripts["restore"](keys, [tag, "L" if leftmost else "R", own_tag, _COUNT_MEMORY]))
+        arguments = [tag, "L" if leftmost else "R", own_tag, _COUNT_MEMORY, "" if older is None else older]
+        return bool(self._scripts["restore"](keys, arguments))
+
+    def counts(self, queue: str, own_tags: Sequence[str]) -> list[int]:
+        """How often messages came back, by the tags their producers gave them."""
+        found = self.client.hmget(deliveries_key(self.prefix, queue), list(own_tags)) if own_tags else []
+        return [int(count or 0) for count in found]

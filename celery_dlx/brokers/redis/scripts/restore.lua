@@ -1,6 +1,11 @@
 -- Put a delivery back into its list. KEYS: unacked, unacked_index, deliveries, list
--- ARGV: tag, 'L' or 'R' (the end), the message's own delivery tag, milliseconds to remember its count
--- Returns 1, or 0 if it is not unacknowledged any more.
+-- ARGV: tag, 'L' or 'R' (the end), the message's own delivery tag, milliseconds to remember its count,
+--       seconds since it was last renewed at least, or ''
+-- Returns 1, or 0 if it is not unacknowledged any more, or was renewed meanwhile.
+if ARGV[5] ~= '' then
+  local renewed, now = redis.call('ZSCORE', KEYS[2], ARGV[1]), redis.call('TIME')
+  if renewed and now[1] + now[2] / 1000000 - renewed < tonumber(ARGV[5]) then return 0 end
+end
 local entry = redis.call('HGET', KEYS[1], ARGV[1])
 redis.call('ZREM', KEYS[2], ARGV[1])
 if not entry then return 0 end

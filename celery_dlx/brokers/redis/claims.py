@@ -1,0 +1,401 @@
+"""Taking messages so that there is no moment in which Redis holds them nowhere.
+
+Stock kombu takes a message out of its list with BRPOP and registers it afterwards: whoever is killed in between, or whose
+credit is used up meanwhile, has the only copy. Here a script does both. Busy, it claims as many messages as there is
+credit. Idle, a connection per list waits with BLMOVE of the list onto itself, which wakes it and removes nothing, so
+that stock workers and ours can wait for the same list (https://redis.io/docs/latest/commands/blmove/).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import deque
+from queue import Empty
+from time import monotonic
+from typing import Any
+
+import redis
+from kombu.transport import redis as stock
+from kombu.utils.encoding import bytes_to_str
+from kombu.utils.json import loads
+
+from celery_dlx.brokers.redis.deliveries import deliveries_key
+from celery_dlx.brokers.redis.qos import Inbound
+from celery_dlx.brokers.redis.scripts import source
+
+logger = logging.getLogger("celery_dlx")
+
+#: Messages claimed by one call at most: it blocks the server for well under a millisecond.
+_MOST = 100
+#: With more lists than this (four a queue, one for each priority), waiting is BRPOP's: a connection each would be too many.
+MOST_WAITERS = 64
+#: A waiter whose answer is overdue by this, in seconds, is taken to be cut off.
+_OVERDUE = 25.0
+#: A claim is sent this often even if no waiter was woken, in seconds: servers close connections that are silent for long.
+_CLAIM_ANYHOW = 30.0
+
+#: Tags of claims whose answer never came, by the tag's channel: their messages may be unacknowledged, and nobody's.
+_unanswered: deque[str] = deque()
+
+
+class Waiter:
+    """A connection that waits for one list. It is its own kind of client to kombu's poller."""
+
+    def __init__(self, claims: Claims, pool: Any, key: str) -> None:
+        self.claims, self.connection_pool, self.key = claims, pool, key
+        self.connection: Any = None
+        self.since: float | None = None
+
+    def wait(self, seconds: float) -> None:
+        self.connection.send_command("BLMOVE", self.key, self.key, "RIGHT", "RIGHT", seconds)
+        self.since = monotonic()
+
+    def overdue(self, seconds: float) -> bool:
+        return self.since is not None and monotonic() - self.since > seconds + _OVERDUE
+
+    def read(self) -> bool:
+        """Whether there is something in the list."""
+        self.since = None
+        return self.connection.read_response() is not None
+
+    def close(self) -> None:
+        self.since = None
+        if self.connection is not None:
+            self.connection.disconnect()
+
+
+class Poller(stock.MultiChannelPoller):  # type: ignore[misc]
+    """Lets the channels that claim wait in their own way."""
+
+    #: The event loop, where there is one.
+    loop: Any = None
+
+    def _register_BRPOP(self, channel: Any) -> None:
+        claims = channel.dlx_claims
+        if claims.waiting and not channel._in_poll:
+            claims.wait(self)
+        else:
+            super()._register_BRPOP(channel)
+
+    def on_readable(self, fileno: int) -> Any:
+        _, kind = self._fd_to_chan.get(fileno, (None, None))
+        if isinstance(kind, Waiter):
+            return kind.claims.woken(kind)
+        return super().on_readable(fileno)
+
+    def forget(self, channel: Any, waiter: Waiter) -> None:
+        """No more news of a waiter."""
+        self._chan_to_sock.pop((channel, waiter, waiter), None)
+        for fd, found in list(self._fd_to_chan.items()):
+            if found == (channel, waiter):
+                del self._fd_to_chan[fd]
+                try:
+                    (self.loop.remove if self.loop is not None else self.poller.unregister)(fd)
+                except (OSError, ValueError, KeyError):
+                    pass  # closed already
+
+
+class Claims:
+    """How one channel takes its messages. Off until `open`: then the channel is stock."""
+
+    def __init__(self, channel: Any, nonce: str) -> None:
+        self.channel = channel
+        self.nonce = nonce
+        self.on = False
+        #: One message per turn of the loop: what runs in the loop itself must be settled before the next one runs.
+        self.one_by_one = False
+        self._may_have_more = True
+        self._last = 0.0
+        self._plain = False
+        self._number = 0
+        self._sha: str | None = None
+        #: Queues and credit of the claim that is not answered yet.
+        self._asked: tuple[list[str], int] | None = None
+        self._pinged = False
+        self._claimed: deque[Inbound] = deque()
+        self._pool: Any = None
+        self._waiters: dict[str, Waiter] = {}
+
+    def open(self) -> None:
+        """Claim from now on."""
+        self.on = bool(self.channel.ack_emulation) and not self._plain
+
+    def look(self) -> None:
+        """There may be something to claim."""
+        self._may_have_more = True
+
+    def forbid(self) -> None:
+        """The channel also consumes without acknowledgement: it stays stock."""
+        self._plain, self.on = True, False
+
+    def tags(self) -> list[str]:
+        """What is, or may be, held and is no delivery yet."""
+        asked = self._asked[1] if self._asked else 0
+        claimed = [inbound.tag for inbound in self._claimed if inbound.tag is not None]
+        return claimed + [self._tag(self._number + n) for n in range(1, asked + 1)]
+
+    def _tag(self, number: int) -> str:
+        return f"{self.nonce}{number}"
+
+    def next_tag(self) -> str:
+        self._number += 1
+        return self._tag(self._number)
+
+    # -- idle
+
+    @property
+    def waiting(self) -> bool:
+        return self.on and not self._may_have_more and not self._claimed and len(self._keys_now()) <= MOST_WAITERS
+
+    def _keys_now(self) -> list[str]:
+        return self._keys(sorted(self.channel.active_queues))
+
+    def _keys(self, queues: list[str]) -> list[str]:
+        channel = self.channel
+        return [
+            channel.global_keyprefix + channel._q_for_pri(queue, priority)
+            for priority in channel.priority_steps
+            for queue in queues
+        ]
+
+    def wait(self, poller: Poller) -> None:
+        if self._pool is None:
+            # Not the asynchronous kind: kombu 5.5 stops polling when one of those is disconnected.
+            self._pool = self.channel._get_pool(asynchronous=False)
+            self._pool.max_connections = MOST_WAITERS + 1
+        if monotonic() - self._last > _CLAIM_ANYHOW:
+            self._may_have_more = True
+        keys = self._keys_now()
+        for key in self._waiters.keys() - set(keys):
+            self._drop(self._waiters.pop(key))
+        seconds = getattr(self.channel, "brpop_timeout", 1) or 0
+        for key in keys:
+            waiter = self._waiters.get(key)
+            if waiter is None:
+                waiter = self._waiters[key] = Waiter(self, self._pool, key)
+            if waiter.overdue(seconds):
+                logger.warning("Redis does not answer: connecting anew")
+                self._drop(waiter)
+            if waiter.since is not None:
+                continue
+            if not poller._client_registered(self.channel, waiter, waiter):
+                poller._register(self.channel, waiter, waiter)
+            waiter.wait(seconds)
+
+    def _drop(self, waiter: Waiter) -> None:
+        self.channel.connection.cycle.forget(self.channel, waiter)
+        waiter.close()
+
+    def woken(self, waiter: Waiter) -> Any:
+        """A waiter has an answer.
+
+        Raises:
+            Empty: nothing came, or what came is yet to be claimed.
+        """
+        try:
+            if waiter.read():
+                self._may_have_more = True  # the claim is sent at the next turn of the loop
+        except redis.exceptions.ReadOnlyError as exc:
+            self._drop(waiter)
+            raise lost_master(exc) from exc
+        except redis.exceptions.ResponseError as exc:
+            logger.warning("waiting with BRPOP, since Redis does not take BLMOVE: %s", exc)
+            self._drop_waiters()
+            self._may_have_more, self.on = True, False
+        except self.channel.connection_errors:
+            self._drop(waiter)
+            raise
+        raise Empty()
+
+    # -- busy
+
+    @property
+    def wanted(self) -> bool:
+        """Whether the next command is ours rather than BRPOP."""
+        return self.on and (self._may_have_more or bool(self._claimed))
+
+    def start(self) -> None:
+        """Send a claim, if there is credit."""
+        channel, connection = self.channel, self.channel.client.connection
+        self._sweep()
+        if self._claimed:
+            # Of those that wait in here the next one is given out when the answer makes the socket readable.
+            channel._in_poll, self._pinged = connection, True
+            channel._brpop_sent_at = monotonic()
+            connection.send_command("PING")
+            return
+        credit = self._credit()
+        queues = channel._queue_cycle.consume(len(channel.active_queues))
+        if not queues or credit <= 0:
+            return
+        prefix = channel.global_keyprefix
+        keys = [prefix + channel.unacked_key, prefix + channel.unacked_index_key]
+        keys += [deliveries_key(prefix, queue) for queue in queues] + self._keys(queues)
+        turns = "1" if channel.queue_order_strategy == "round_robin" else ""
+        arguments = [credit, self.nonce, self._number, len(queues), turns, *map(json.dumps, queues)]
+        if self._sha is None:
+            self._sha = channel.dlx_deliveries.client.script_load(source("claim"))
+        channel._in_poll, self._asked = connection, (list(queues), credit)
+        channel._brpop_sent_at = self._last = monotonic()
+        connection.send_command("EVALSHA", self._sha, len(keys), *keys, *arguments)
+
+    def _credit(self) -> int:
+        qos = self.channel.qos
+        if "can_consume" in vars(qos):
+            return 1  # Celery's worker_disable_prefetch decides message by message
+        estimate = qos.can_consume_max_estimate()
+        return _MOST if estimate is None else min(estimate, _MOST)
+
+    @property
+    def asked(self) -> bool:
+        """Whether the answer that comes is to a command of ours."""
+        return self._asked is not None or self._pinged
+
+    def read(self) -> bool:
+        """Take the answer, and deliver.
+
+        Raises:
+            Empty: there was nothing.
+        """
+        channel = self.channel
+        if self._pinged:
+            self._pinged = False
+            self._answer("PING")
+        else:
+            assert self._asked is not None
+            queues, credit = self._asked
+            try:
+                counted, found = self._answer("EVALSHA")
+            except redis.exceptions.NoScriptError:
+                self._asked = self._sha = None  # flushed, or another server
+                raise Empty() from None
+            self._asked = None
+            items = [(queues[found[at] - 1], found[at + 1]) for at in range(0, len(found), 2)]
+            self._claimed.extend(Inbound(queue, item, self.next_tag()) for queue, item in items)
+            self._number += credit - len(items)
+            self._may_have_more = len(items) == credit
+            self._count_returns([queues[number - 1] for number in counted])
+        if channel._closing:
+            self.restore()
+            return True
+        if not self._claimed:
+            raise Empty()
+        self._deliver()
+        return True
+
+    def _answer(self, command: str) -> Any:
+        client = self.channel.client
+        try:
+            return client.parse_response(client.connection, command)
+        except redis.exceptions.NoScriptError:
+            raise
+        except redis.exceptions.ReadOnlyError as exc:
+            self.unanswered()
+            client.connection.disconnect()
+            raise lost_master(exc) from exc
+        except redis.exceptions.ResponseError:
+            self.unanswered()
+            raise
+        except self.channel.connection_errors:
+            self.unanswered()
+            client.connection.disconnect()
+            raise
+
+    def _count_returns(self, queues: list[str]) -> None:
+        """Learn how often claimed messages came back before; of queues whose messages never did, nothing is asked."""
+        for queue in set(queues):
+            inbound = [each for each in self._claimed if each.queue == queue]
+            own_tags = [_own_tag(each.item) for each in inbound]
+            for each, count in zip(inbound, self.channel.dlx_deliveries.counts(queue, own_tags), strict=True):
+                each.returns = count
+
+    def _deliver(self) -> None:
+        channel = self.channel
+        while self._claimed:
+            inbound = self._claimed[0]
+            channel._queue_cycle.rotate(inbound.queue)
+            if inbound.queue not in channel.active_queues:
+                self._claimed.popleft()
+                channel.qos.restore_by_tag(inbound.tag)  # cancelled meanwhile
+                continue
+            channel.dlx_inbound = inbound
+            try:
+                payload = _envelope(inbound.item)
+            except Exception as exc:  # noqa: BLE001 - not JSON, not UTF-8, no mapping, no properties, …
+                channel.dlx_inbound = None
+                self._claimed.popleft()
+                channel.dlx_garbage(inbound, exc)
+            else:
+                try:
+                    channel.connection._deliver(payload, inbound.queue)
+                except Exception as exc:
+                    if channel.dlx_inbound is not None:  # it did not become a delivery
+                        channel.dlx_inbound = None
+                        if not isinstance(exc, (redis.exceptions.RedisError, OSError)):
+                            self._claimed.popleft()
+                            channel.dlx_garbage(inbound, exc)
+                            continue
+                    else:
+                        self._claimed.popleft()
+                    raise
+                self._claimed.popleft()
+            if self.one_by_one:
+                return
+
+    # -- after an end
+
+    def unanswered(self) -> None:
+        """The answer to a claim will not come: what it claimed is looked for over the next connection."""
+        if self._asked is not None:
+            credit = self._asked[1]
+            _unanswered.extend(self._tag(self._number + n) for n in range(1, credit + 1))
+            self._number += credit
+        self._asked, self._pinged = None, False
+        self._may_have_more = True
+
+    def _sweep(self) -> None:
+        if self._asked is not None or self._pinged:
+            self.unanswered()  # its connection was dropped without our reading from it
+        while _unanswered:
+            self.channel.qos.restore_by_tag(_unanswered[0])
+            _unanswered.popleft()
+
+    def restore(self) -> None:
+        """Put back what was claimed and not delivered."""
+        while self._claimed:
+            inbound = self._claimed.popleft()
+            try:
+                self.channel.qos.restore_by_tag(inbound.tag)
+            except Exception as exc:  # noqa: BLE001
+                logger.error("a message was not restored and comes after the visibility timeout: %s", exc)
+
+    def close(self) -> None:
+        """Before the channel closes: what waits removes nothing, so it may simply end."""
+        self._drop_waiters()
+        if self._pool is not None:
+            self._pool.disconnect()
+            self._pool = None
+
+    def _drop_waiters(self) -> None:
+        for waiter in self._waiters.values():
+            self._drop(waiter)
+        self._waiters.clear()
+
+
+def lost_master(exc: Exception) -> Exception:
+    """A failover made our server a replica: whoever connects anew finds the new master."""
+    return redis.exceptions.ConnectionError(f"the server became a read-only replica: {exc}")
+
+
+def _envelope(item: bytes) -> dict[str, Any]:
+    payload: dict[str, Any] = loads(bytes_to_str(item))
+    payload["properties"]["delivery_tag"]  # what kombu reads first
+    return payload
+
+
+def _own_tag(item: bytes) -> str:
+    try:
+        return str(_envelope(item)["properties"]["delivery_tag"])
+    except Exception:  # noqa: BLE001 - garbage
+        return ""
