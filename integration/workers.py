@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +21,9 @@ from celery_dlx import DeadLetters
 from celery_dlx.policy.settings import Policy
 
 HERE = Path(__file__).parent
+#: Of all workers of this session.
+BASE = tempfile.mkdtemp(prefix="dlx-tests-")
+atexit.register(shutil.rmtree, BASE, ignore_errors=True)
 
 
 def environment(broker: str, **more: str) -> dict[str, str]:
@@ -40,7 +45,7 @@ class Worker:
         arguments: tuple[str, ...] = ("-c", "2"),
         **env: str,
     ) -> None:
-        self.home = Path(tempfile.mkdtemp(prefix="dlx-worker-"))
+        self.home = Path(tempfile.mkdtemp(prefix="worker-", dir=BASE))
         self.runs = self.home / "runs"
         self.runs.touch()
         self.log = self.home / "log"

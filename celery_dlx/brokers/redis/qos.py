@@ -81,7 +81,8 @@ class QoS(stock.QoS):  # type: ignore[misc]
     def ack(self, delivery_tag: Any) -> None:
         delivery = self._held.get(delivery_tag)
         if delivery is None:
-            super().ack(delivery_tag)
+            if not self._gone(delivery_tag):
+                super().ack(delivery_tag)
             return
         own_tag = delivery.own_tag if delivery.redelivered else ""
         keys = self.unacked_key, self.unacked_index_key
@@ -92,7 +93,8 @@ class QoS(stock.QoS):  # type: ignore[misc]
     def reject(self, delivery_tag: Any, requeue: bool = False) -> None:
         delivery = self._held.get(delivery_tag)
         if delivery is None:
-            super().reject(delivery_tag, requeue)
+            if not self._gone(delivery_tag):
+                super().reject(delivery_tag, requeue)
             return
         if requeue:
             self.restore_by_tag(delivery_tag, leftmost=True)
@@ -102,6 +104,14 @@ class QoS(stock.QoS):  # type: ignore[misc]
         elif not self._capture(delivery_tag, delivery, delivery.letter):
             return
         self._settled(delivery_tag)
+
+    @staticmethod
+    def _gone(tag: Any) -> bool:
+        """Ours, and put back when its channel closed: the task ended after the connection did, and will run again.
+
+        kombu would use the closed channel, whose errors nobody expects: they end the worker.
+        """
+        return bytes_to_str(tag).startswith(TAG)
 
     def _settled(self, tag: str) -> None:
         self._held.pop(tag, None)

@@ -1,0 +1,208 @@
+"""Seeded storms: workers are killed, frozen and cut off while they work, and every message is accounted for."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+
+import redis
+from celery import Celery
+from faults.proxy import Proxy
+from kombu import Connection
+from raw import Sender
+from servers import wait_for
+from workers import Worker
+
+from celery_dlx import DeadLetters
+from celery_dlx.policy.settings import Policy
+
+#: A killed worker's messages come back after a second or two.
+REDIS_OPTIONS = {"visibility_timeout": 2, "unacked_restore_interval": 1, "unacked_restore_throttle": 1}
+KILLS = ("kill", "kill_parent", "kill_child")
+FAULTS = (*KILLS, "freeze", "cut", "reset", "stall")
+
+
+@dataclass
+class Account:
+    """What became of a storm's messages."""
+
+    seed: int
+    messages: int
+    faults: Counter = field(default_factory=Counter)
+    #: Neither done nor in a dead letter.
+    lost: set[int] = field(default_factory=set)
+    #: Healthy ones that were dead-lettered.
+    wrong: set[int] = field(default_factory=set)
+    #: Executions and letters beyond the first of a message.
+    duplicates: int = 0
+    seconds: float = 0.0
+
+    def as_dict(self) -> dict:
+        return {
+            "seed": self.seed,
+            "messages": self.messages,
+            "faults": dict(self.faults),
+            "lost": len(self.lost),
+            "wrong": len(self.wrong),
+            "duplicates": self.duplicates,
+            "seconds": round(self.seconds, 1),
+        }
+
+
+class Storm:
+    """``faults`` faults of ``kinds`` over two workers that share one queue."""
+
+    def __init__(self, broker, queue: str, seed: int, messages: int, faults: int, kinds: tuple[str, ...] = FAULTS) -> None:
+        self.random = random.Random(seed)
+        self.broker, self.queue, self.messages = broker, queue, messages
+        self.account = Account(seed, messages)
+        self._bad = {number for number in range(messages) if number % 10 == 0}
+        self.plan = [kinds[n % len(kinds)] for n in range(faults)]
+        self.random.shuffle(self.plan)
+        base, rest = broker.url.rsplit(":", 1)
+        port, path = rest.split("/", 1)
+        self.proxy = Proxy(int(port))
+        through = f"{base}:{self.proxy.port}/{path}"
+        policy = f"version: 1\nqueues: {{{queue}: {{acks_late: true, reject_on_worker_lost: true, max_deliveries: 50}}}}\n"
+        #: Read past the proxy.
+        self.dead = DeadLetters(Celery("reader", broker=broker.url), policy=Policy())
+        options = json.dumps(REDIS_OPTIONS if broker.kind == "redis" else {})
+        self.workers = [
+            Worker(through, [queue], app="faults.storm_app", policy=policy, DLX_TRANSPORT_OPTIONS=options,
+                   arguments=("-c", "2", "-n", f"storm{n}@%h"))
+            for n in range(2)
+        ]  # fmt: skip
+
+    # -- what happens
+
+    def run(self) -> Account:
+        began = time.monotonic()
+        try:
+            for worker in self.workers:
+                worker.start()  # they declare the queue
+            self._publish()
+            for fault in self.plan:
+                self._progress()
+                getattr(self, f"_{fault}")(self.random.choice(self.workers))
+                self.account.faults[fault] += 1
+            self._settle()
+        finally:
+            self.proxy.flow()
+            for worker in self.workers:
+                if worker.alive:
+                    worker.stop()
+            self.proxy.close()
+        self._judge()
+        self.dead.close()
+        self.account.seconds = time.monotonic() - began
+        return self.account
+
+    def _publish(self) -> None:
+        sender = Sender(self.broker.url)
+        for number in range(self.messages):
+            sender.task(self.queue, "storm.bad" if number % 10 == 0 else "storm.work", [number])
+
+    def _progress(self) -> None:
+        """Until something was done since the last fault, and a little longer, so that faults fall anywhere."""
+        before, wanted = self._executions(), self.random.randrange(1, 100)
+        deadline = time.monotonic() + 60
+        while self._executions() < before + wanted and len(self._done()) < self.messages - len(self._bad):
+            assert time.monotonic() < deadline, f"no progress in 60s:\n{self.workers[0].output[-30000:]}"
+            time.sleep(0.02)
+        threading.Event().wait(self.random.uniform(0, 0.02))
+
+    def _executions(self) -> int:
+        return sum(worker.runs.stat().st_size for worker in self.workers)
+
+    def _done(self) -> Counter:
+        return Counter(int(line) for worker in self.workers for line in worker.ran() if line)
+
+    def _kill(self, worker: Worker) -> None:
+        worker.kill()
+        worker.start(ready=False)
+
+    def _kill_parent(self, worker: Worker) -> None:
+        """Its children go on for a moment with what they have."""
+        worker.process.kill()
+        worker.process.wait(20)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(worker.process.pid, signal.SIGKILL)
+        worker.start(ready=False)
+
+    def _kill_child(self, worker: Worker) -> None:
+        children = wait_for(lambda: _children(worker.process.pid), "a child to kill", timeout=30)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.random.choice(children), signal.SIGKILL)
+
+    def _freeze(self, worker: Worker) -> None:
+        """For longer than its messages are left to it."""
+        group = worker.process.pid
+        os.killpg(group, signal.SIGSTOP)
+        threading.Event().wait(self.random.uniform(0.1, REDIS_OPTIONS["visibility_timeout"] + 2))
+        os.killpg(group, signal.SIGCONT)
+
+    def _cut(self, worker: Worker) -> None:
+        self.proxy.cut()
+
+    def _reset(self, worker: Worker) -> None:
+        self.proxy.cut(reset=True)
+
+    def _stall(self, worker: Worker) -> None:
+        """Nothing arrives for a while, and then the connections break with what was under way."""
+        self.proxy.stall()
+        threading.Event().wait(self.random.uniform(0.1, REDIS_OPTIONS["visibility_timeout"] + 1))
+        self.proxy.cut(reset=True)
+        self.proxy.flow()
+
+    # -- what became of it
+
+    def _letters(self) -> Counter:
+        return Counter(json.loads(letter.args)[0] for letter in self.dead.letters(self.queue))
+
+    def _count_letters(self) -> int:
+        (row,) = self.dead.stats(self.queue)
+        return int(row.letters)
+
+    def _waiting(self) -> int:
+        if self.broker.kind == "redis":
+            with redis.Redis.from_url(self.broker.url) as client:
+                return int(client.llen(self.queue)) + sum(self.queue.encode() in entry for entry in client.hvals("unacked"))
+        with Connection(self.broker.url) as connection:
+            return connection.default_channel.queue_declare(self.queue, passive=True).message_count
+
+    def _settle(self) -> None:
+        """Until nothing is left to do; then a lost message shows as one that is nowhere."""
+        wait_for(
+            lambda: not self._waiting() and self._quiet(), lambda: f"{self._waiting()} messages still wait", 180, every=0.5
+        )
+
+    def _quiet(self) -> bool:
+        """Nothing was executed or dead-lettered for longer than anything may stay unseen."""
+        before, deadline = (self._executions(), self._count_letters()), time.monotonic() + 3
+        while time.monotonic() < deadline:
+            if self._waiting() or (self._executions(), self._count_letters()) != before:
+                return False
+            time.sleep(0.2)
+        return True
+
+    def _judge(self) -> None:
+        done, letters = self._done(), self._letters()
+        assert not set(done) & self._bad, "a failing task wrote that it was done"
+        self.account.lost = set(range(self.messages)) - set(done) - set(letters)
+        self.account.wrong = set(letters) - self._bad
+        self.account.duplicates = sum(done.values()) - len(done) + sum(letters.values()) - len(letters)
+
+
+def _children(parent: int) -> list[int]:
+    try:
+        with open(f"/proc/{parent}/task/{parent}/children") as file:
+            return [int(pid) for pid in file.read().split()]
+    except OSError:
+        return []
