@@ -111,7 +111,7 @@ class QoS(stock.QoS):  # type: ignore[misc]
 
         kombu would use the closed channel, whose errors nobody expects: they end the worker.
         """
-        return bytes_to_str(tag).startswith(TAG)
+        return str(bytes_to_str(tag)).startswith(TAG)
 
     def _settled(self, tag: str) -> None:
         self._held.pop(tag, None)
