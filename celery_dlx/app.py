@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from itertools import islice
 from pathlib import Path
@@ -30,7 +30,7 @@ from celery_dlx.groups import Group, Groups
 from celery_dlx.journal import QueueLocks
 from celery_dlx.letters import DeadLetter
 from celery_dlx.policy.settings import Policy, is_glob, management_url
-from celery_dlx.replay import Engine, Options, describe, resume, start
+from celery_dlx.replay import Chosen, Engine, Options, describe, resume, start
 from celery_dlx.signals import dead_letter_replayed
 
 if TYPE_CHECKING:
@@ -227,8 +227,23 @@ class DeadLetters:
         text = describe(queue, ids, filters)
         matches, names = selection.match(ids=ids, **filters), self._queues(queue)
         # By the queue whose DLQ a letter lies in: what its record says may be anybody's word.
-        letters = islice(((name, letter) for name in names for letter in self.broker.browse(name, matches, limit)), limit)
+        letters = islice(((name, letter) for name in names for letter in self._chosen(name, matches, limit)), limit)
         return start(self.broker, self.broker_name, names, letters, text, options or Options(), **(hooks or {}))
+
+    def _chosen(self, queue: str, matches: Callable[[DeadLetter], bool], limit: int | None) -> Iterator[Chosen]:
+        if limit is not None:
+            yield from (Chosen(letter.id, letter.fingerprint) for letter in self.broker.browse(queue, matches, limit))
+            return
+        found: list[Chosen] = []
+
+        def note(letter: DeadLetter) -> bool:
+            if matches(letter):
+                found.append(Chosen(letter.id, letter.fingerprint))
+            return False  # noted, not kept: there may be a million
+
+        for _ in self.broker.browse(queue, note):
+            pass
+        yield from found
 
     def resume_replay(
         self,

@@ -11,10 +11,10 @@ import getpass
 import json
 import socket
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 from amqp.exceptions import AMQPError
@@ -29,7 +29,7 @@ from celery_dlx.signals import dead_letter_replayed
 
 #: Letters in one line of the journal, and between two looks at what workers report.
 _BATCH = 500
-#: Letters journaled as being sent, and asked of the broker, at once.
+#: Letters in one line of the journal that says what is being sent.
 _CHUNK = 10_000
 #: What a paced replay may make up for, in seconds.
 _BATCH_SECONDS = 0.1
@@ -147,16 +147,17 @@ class Engine:
 
         rate = self.options.rate
         batch = max(1, min(_BATCH, int(rate / 10))) if rate else _BATCH
-        run = Run(self.record.replay, self.options.to, batch, self._over)
+        run = Run(self.record.replay, self.options.to, batch, lambda: bool(ids), self._over)
         # A paced replay looks anew now and then: RabbitMQ takes letters back that are held for half an hour.
-        size = max(1, min(_CHUNK, int(rate * _LOOK_ANEW))) if rate else _CHUNK
+        size = max(1, int(rate * _LOOK_ANEW)) if rate else len(all_ids)
         moved: list[str] = []
         try:
             for start in range(0, len(all_ids), size):
                 if self._over():
                     return
                 ids.update(all_ids[start : start + size])
-                self.journal.write("sending", letters=sorted(ids))
+                for at in range(start, start + len(ids), _CHUNK):
+                    self.journal.write("sending", letters=all_ids[at : min(at + _CHUNK, start + size)])
                 for replayed in self.broker.replay(queue, match, len(ids), run):
                     moved.append(replayed.letter.id)
                     self._sent.add(replayed.letter.id)
@@ -255,11 +256,18 @@ class Engine:
             time.sleep(_LOOK_EVERY)
 
 
+class Chosen(NamedTuple):
+    """What a replay remembers of a letter that was selected."""
+
+    id: str
+    fingerprint: str | None
+
+
 def start(
     broker: Broker,
     url: str,
     queues: list[str],
-    letters: Iterator[tuple[str, DeadLetter]],
+    letters: Iterable[tuple[str, Chosen]],
     selection: str,
     options: Options,
     **hooks: Any,

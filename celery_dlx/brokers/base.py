@@ -117,6 +117,8 @@ class Run:
     to: str | None = None
     #: Letters moved at once at most.
     batch: int | None = None
+    #: Whether some are still wanted that were not seen; then what came meanwhile is looked at too.
+    wanted: Callable[[], bool] = lambda: False
     #: Asked before each letter: no more of them, but finish what was begun.
     stop: Callable[[], bool] = lambda: False
 

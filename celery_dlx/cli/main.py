@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -27,6 +28,8 @@ _ID = re.compile(r"[0-9a-f]{32}")
 @handle_preload_options  # type: ignore[untyped-decorator]
 def dlx(ctx: click.Context, **_: Any) -> None:
     """Dead letters: find, understand, replay."""
+    # What the broker still sends while a channel closes is no news.
+    logging.getLogger("amqp").setLevel(logging.ERROR)
 
 
 def command(group: Any = dlx, **settings: Any) -> Callable[[Callable[..., Any]], Any]:

@@ -16,27 +16,33 @@ from amqp.exceptions import NotFound
 from celery_dlx.brokers.rabbitmq.declare import SideChannel
 
 #: Letters held unacknowledged at most by one channel, and channels at most: the broker knows each letter that is out.
-PER_CHANNEL, CHANNELS = 50_000, 20
+PER_CHANNEL, CHANNELS = 5_000, 200
 #: Without a delivery for this long, in seconds, what the queue counted at the start is taken to be gone or held.
 _QUIET = 5.0
 #: Acknowledgements sent before the broker must answer.
 _ACKS = 16
-#: Waiting for a queue to count what was settled, in seconds.
+#: A queue that takes letters back counts them one after the other; no change for this long, in seconds, is the end of it.
 _SETTLE = 1.0
+#: However busy it is otherwise, it is not waited for any longer, in seconds.
+_RETURNED = 60.0
 
 
 class Reader:
     """Takes the letters that were in a DLQ when it was opened, oldest first; leaving puts back what was not settled."""
 
-    def __init__(self, connection: Any, dlq: str) -> None:
+    def __init__(self, connection: Any, dlq: str, few: int | None = None) -> None:
+        """``few``: that many letters are probably enough: those beyond are only asked for when they are wanted."""
         self._connection = connection.connection
         self._dlq = dlq
         #: By channel: tags of letters handed out and not acknowledged.
         self._open: dict[Any, set[int]] = {}
+        #: By channel: how many it may hold.
+        self._window: dict[Any, int] = {}
         #: Ids of letters that were.
         self.acknowledged: set[str] = set()
         self._settled = 0
         self.depth = 0
+        self.seen = 0
         #: Letters that were counted at the start, and not seen.
         self.missed = 0
         self._buffer: deque[Any] = deque()
@@ -46,23 +52,25 @@ class Reader:
         except NotFound:
             self._dlq = ""
         else:
-            self._consume(channel)
+            self._consume(channel, PER_CHANNEL if few is None else min(few, PER_CHANNEL))
 
-    def _consume(self, channel: Any) -> None:
+    def _consume(self, channel: Any, most: int = PER_CHANNEL) -> None:
         self._open[channel] = set()
-        channel.basic_qos(0, max(min(self.depth, PER_CHANNEL), 1), False)
+        self._window[channel] = max(min(self.depth, most), 1)
+        channel.basic_qos(0, self._window[channel], False)
         # Only buffer in the callback: whatever publishes there would re-enter the reading of the socket.
         channel.basic_consume(self._dlq, callback=self._buffer.append)
 
     def __iter__(self) -> Iterator[Any]:
-        self.missed = self.depth
+        self.missed = self.missed or self.depth
         while self.missed and (raw := self._next()) is not None:
             self.missed -= 1
+            self.seen += 1
             self._open[raw.channel].add(raw.delivery_tag)
             yield raw
 
     def _next(self) -> Any:
-        if not self._buffer and all(len(tags) >= PER_CHANNEL for tags in self._open.values()):
+        if not self._buffer and all(len(tags) >= self._window[channel] for channel, tags in self._open.items()):
             if len(self._open) >= CHANNELS:
                 return None
             self._consume(self._connection.channel())
@@ -73,6 +81,14 @@ class Reader:
             except TimeoutError:
                 break
         return self._buffer.popleft() if self._buffer else None
+
+    def more(self) -> bool:
+        """Whether letters are there that were not counted at the start: new ones, or some that were just put back."""
+        with SideChannel(self._connection) as side:
+            live = side.live_queue(self._dlq) if self._dlq else None
+        self.missed = live.message_count if live is not None else 0
+        self.depth += self.missed
+        return self.missed > 0
 
     def ready(self) -> bool:
         return bool(self._buffer)
@@ -115,13 +131,16 @@ class Reader:
         if not self._dlq or not open_channels:
             return True
         expected = self.depth - self._settled
-        deadline = monotonic() + _SETTLE
+        last, changed, begun = -1, monotonic(), monotonic()
         with SideChannel(self._connection) as side:
             while live := side.live_queue(self._dlq):
-                # Others may add or take letters meanwhile: only our own part is waited for.
-                if live.message_count <= expected if self._settled else live.message_count >= expected:
+                count, now = live.message_count, monotonic()
+                if count == expected:
                     return True
-                if monotonic() > deadline:
-                    return False
+                if count != last:
+                    last, changed = count, now
+                if now - changed > _SETTLE or now - begun > _RETURNED:
+                    # Others add or take letters too: fewer are theirs, more may be ours.
+                    return not self._settled or count < expected
                 sleep(0.01)
         return True

@@ -9,6 +9,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
+from itertools import islice
 from time import monotonic
 from typing import Any
 
@@ -35,6 +36,8 @@ logger = logging.getLogger("celery_dlx")
 WINDOW = 1_000
 #: Encoded messages are handed over at this size, in bytes: the broker has work while the next ones are read.
 _WRITE_BYTES = 262_144
+#: How often letters that are missing are looked for again.
+_LOOKS = 5
 #: Waiting for confirms, in seconds.
 _CONFIRM_TIMEOUT = 30.0
 
@@ -46,6 +49,15 @@ class _InFlight:
         self.letter, self.raw, self.changes, self.to = letter, raw, changes, to
         self.key = letter.id
         self.outcome: str | None = None
+
+
+def _again(reader: Reader, run: Run) -> Iterator[Any]:
+    """The letters of a reader; those too that were being put back when it counted them, while some are missing."""
+    yield from reader
+    for _ in range(_LOOKS):
+        if run.stop() or not run.wanted() or not reader.more():
+            return
+        yield from reader
 
 
 class RabbitMQBroker:
@@ -99,7 +111,8 @@ class RabbitMQBroker:
 
     def _browse(self, queue: str, match: Match | None, limit: int | None) -> list[DeadLetter]:
         dlq = self._policy.dlq(queue)
-        reader = self._reader(queue, dlq)
+        few = None if limit is None else max(limit, 1 if match is None else WINDOW)
+        reader = self._reader(queue, dlq, few=few)
         if reader.depth > PER_CHANNEL * CHANNELS:
             logger.warning(
                 "%s holds %d letters; only the oldest %d are looked at", dlq, reader.depth, PER_CHANNEL * CHANNELS
@@ -116,7 +129,7 @@ class RabbitMQBroker:
             reader.close()
         return found
 
-    def _reader(self, queue: str, dlq: str, connection: Any = None) -> Reader:
+    def _reader(self, queue: str, dlq: str, connection: Any = None, few: int | None = None) -> Reader:
         """A reader of a DLQ that can be read without harm.
 
         Raises:
@@ -126,7 +139,7 @@ class RabbitMQBroker:
         if not self.insist and dlq not in self._safe:
             self._check_safe(connection, queue, dlq)
             self._safe.add(dlq)
-        return Reader(connection, dlq)
+        return Reader(connection, dlq, few)
 
     def _check_safe(self, connection: Any, queue: str, dlq: str) -> None:
         version = version_tuple(connection.connection.server_properties.get("version"))
@@ -177,7 +190,7 @@ class RabbitMQBroker:
         pipeline = ConfirmPipeline(publishing.connection, on_outcome)
         failed: list[_InFlight] = []
         user, taken, window = publishing.userid, 0, min(run.batch or WINDOW, WINDOW)
-        for raw in reader:
+        for raw in _again(reader, run):
             if run.stop():
                 break
             letter = letter_of(raw, queue, dlq)
@@ -236,10 +249,11 @@ class RabbitMQBroker:
 
     def _finish(self, reader: Reader, queue: str, dlq: str) -> None:
         """Close a reader; what it acknowledged and the queue did not take is acknowledged again."""
-        ids = reader.acknowledged
+        ids, seen = reader.acknowledged, reader.seen
         while not reader.close() and ids:
-            again = Reader(self._connection(), dlq)
-            left = [(raw, letter_of(raw, queue, dlq).id) for raw in again]
+            # What comes back takes its old place: it is among as many as were seen.
+            again = Reader(self._connection(), dlq, few=seen)
+            left = [(raw, letter_of(raw, queue, dlq).id) for raw in islice(again, seen)]
             left = [(raw, letter_id) for raw, letter_id in left if letter_id in ids]
             if left:
                 logger.warning("%d acknowledgements of %s were lost, and are sent again", len(left), dlq)
