@@ -105,7 +105,8 @@ class Capture(bootsteps.StartStopStep):  # type: ignore[misc]
             self._timer = None
         channel = consumer.task_consumer.channel
         if hasattr(channel, "dlx_cover"):
-            channel.dlx_claims.one_by_one = net.capturer.eager
+            # Where tasks run in the loop itself, or spawning one waits for a free place, claims must not pile up in it.
+            channel.dlx_claims.one_by_one = net.capturer.eager or consumer.hub is None
             # The channel is new after each reconnect; the entry for the one before finds nothing to renew.
             every = max(float(channel.visibility_timeout) / 3, 0.2)
             consumer.timer.call_repeatedly(every, partial(_renew, ref(channel)))

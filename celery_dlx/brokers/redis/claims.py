@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import deque
+from collections.abc import Collection, Iterable
 from queue import Empty
 from time import monotonic
 from typing import Any
@@ -33,10 +34,12 @@ MOST_WAITERS = 64
 #: A waiter whose answer is overdue by this, in seconds, is taken to be cut off.
 _OVERDUE = 25.0
 #: A claim is sent this often even if no waiter was woken, in seconds: servers close connections that are silent for long.
-_CLAIM_ANYHOW = 30.0
+_CLAIM_ANYHOW = 15.0
+#: Where waiters cannot be had, waiting is BRPOP's for so long, in seconds.
+_WITHOUT = 60.0
 
-#: Tags of claims whose answer never came, by the tag's channel: their messages may be unacknowledged, and nobody's.
-_unanswered: deque[str] = deque()
+#: What may be unacknowledged and nobody's, by server: its tag, and whether it had been delivered.
+_orphans: dict[str, deque[tuple[str, bool]]] = {}
 
 
 class Waiter:
@@ -63,6 +66,8 @@ class Waiter:
         self.since = None
         if self.connection is not None:
             self.connection.disconnect()
+            self.connection_pool.release(self.connection)
+            self.connection = None
 
 
 class Poller(stock.MultiChannelPoller):  # type: ignore[misc]
@@ -116,10 +121,15 @@ class Claims:
         self._claimed: deque[Inbound] = deque()
         self._pool: Any = None
         self._waiters: dict[str, Waiter] = {}
+        #: Until when there are no waiters, or none for one key.
+        self._without = 0.0
+        self._skipped: dict[str, float] = {}
+        self._home = ""
 
     def open(self) -> None:
         """Claim from now on."""
         self.on = bool(self.channel.ack_emulation) and not self._plain
+        self._home = str(self.channel.connection.client.as_uri())
 
     def look(self) -> None:
         """There may be something to claim."""
@@ -146,7 +156,13 @@ class Claims:
 
     @property
     def waiting(self) -> bool:
-        return self.on and not self._may_have_more and not self._claimed and len(self._keys_now()) <= MOST_WAITERS
+        return (
+            self.on
+            and not self._may_have_more
+            and not self._claimed
+            and len(self._keys_now()) <= MOST_WAITERS
+            and monotonic() >= self._without
+        )
 
     def _keys_now(self) -> list[str]:
         return self._keys(sorted(self.channel.active_queues))
@@ -160,28 +176,49 @@ class Claims:
         ]
 
     def wait(self, poller: Poller) -> None:
-        if self._pool is None:
-            # Not the asynchronous kind: kombu 5.5 stops polling when one of those is disconnected.
-            self._pool = self.channel._get_pool(asynchronous=False)
-            self._pool.max_connections = MOST_WAITERS + 1
-        if monotonic() - self._last > _CLAIM_ANYHOW:
+        now = monotonic()
+        if now - self._last > _CLAIM_ANYHOW:
             self._may_have_more = True
         keys = self._keys_now()
         for key in self._waiters.keys() - set(keys):
             self._drop(self._waiters.pop(key))
-        seconds = getattr(self.channel, "brpop_timeout", 1) or 0
-        for key in keys:
-            waiter = self._waiters.get(key)
-            if waiter is None:
-                waiter = self._waiters[key] = Waiter(self, self._pool, key)
-            if waiter.overdue(seconds):
-                logger.warning("Redis does not answer: connecting anew")
-                self._drop(waiter)
-            if waiter.since is not None:
-                continue
+        try:
+            for key in keys:
+                if self._skipped.get(key, now) <= now:
+                    self._wait_for(key, poller)
+        except self.channel.connection_errors as exc:
+            # Is Redis gone, BRPOP will say so; has it no connections left for us, BRPOP does without.
+            logger.warning("waiting with BRPOP for %.0fs, for want of more connections: %s", _WITHOUT, exc)
+            self._wait_without(_WITHOUT)
+
+    def _wait_for(self, key: str, poller: Poller) -> None:
+        seconds = getattr(self.channel, "brpop_timeout", 1) or 1
+        waiter = self._waiters.get(key)
+        if waiter is None:
+            waiter = self._waiters[key] = Waiter(self, self._waiters_pool(), key)
+        if waiter.overdue(seconds):
+            logger.warning("Redis does not answer: connecting anew")
+            self._drop(waiter)
+        if waiter.since is None:
             if not poller._client_registered(self.channel, waiter, waiter):
                 poller._register(self.channel, waiter, waiter)
             waiter.wait(seconds)
+
+    def _wait_without(self, seconds: float) -> None:
+        self._drop_waiters()
+        self._without = monotonic() + seconds
+        self._may_have_more = True
+
+    def _waiters_pool(self) -> Any:
+        if self._pool is None:
+            # kombu 5.7 closes at the end what the attribute names: that of the channel's own pool.
+            manager = getattr(self.channel, "_sentinel_manager", None)
+            # Not the asynchronous kind: kombu 5.5 stops polling when one of those is disconnected.
+            self._pool = self.channel._get_pool(asynchronous=False)
+            self._pool.max_connections = MOST_WAITERS + 1
+            if manager is not None:
+                self.channel._sentinel_manager = manager
+        return self._pool
 
     def _drop(self, waiter: Waiter) -> None:
         self.channel.connection.cycle.forget(self.channel, waiter)
@@ -193,6 +230,7 @@ class Claims:
         Raises:
             Empty: nothing came, or what came is yet to be claimed.
         """
+        idle = waiter.since is None
         try:
             if waiter.read():
                 self._may_have_more = True  # the claim is sent at the next turn of the loop
@@ -200,12 +238,18 @@ class Claims:
             self._drop(waiter)
             raise lost_master(exc) from exc
         except redis.exceptions.ResponseError as exc:
-            logger.warning("waiting with BRPOP, since Redis does not take BLMOVE: %s", exc)
-            self._drop_waiters()
-            self._may_have_more, self.on = True, False
+            if "WRONGTYPE" in str(exc):
+                logger.warning("%s is no list, and not waited for: %s", waiter.key, exc)
+                self._skipped[waiter.key] = monotonic() + _WITHOUT
+                self._drop(self._waiters.pop(waiter.key))
+            else:  # full, busy, not permitted, unknown to an old server
+                logger.warning("waiting with BRPOP for %.0fs, since Redis does not take BLMOVE: %s", _WITHOUT, exc)
+                self._wait_without(_WITHOUT)
         except self.channel.connection_errors:
             self._drop(waiter)
-            raise
+            if not idle:
+                raise
+            # Nothing is expected while there is no credit: the server closed what was silent for long.
         raise Empty()
 
     # -- busy
@@ -213,7 +257,7 @@ class Claims:
     @property
     def wanted(self) -> bool:
         """Whether the next command is ours rather than BRPOP."""
-        return self.on and (self._may_have_more or bool(self._claimed))
+        return bool(self._claimed) or (self.on and self._may_have_more)
 
     def start(self) -> None:
         """Send a claim, if there is credit."""
@@ -266,7 +310,7 @@ class Claims:
             assert self._asked is not None
             queues, credit = self._asked
             try:
-                counted, found = self._answer("EVALSHA")
+                counted, found, full = self._answer("EVALSHA")
             except redis.exceptions.NoScriptError:
                 self._asked = self._sha = None  # flushed, or another server
                 raise Empty() from None
@@ -274,7 +318,7 @@ class Claims:
             items = [(queues[found[at] - 1], found[at + 1]) for at in range(0, len(found), 2)]
             self._claimed.extend(Inbound(queue, item, self.next_tag()) for queue, item in items)
             self._number += credit - len(items)
-            self._may_have_more = len(items) == credit
+            self._may_have_more = bool(full)
             self._count_returns([queues[number - 1] for number in counted])
         if channel._closing:
             self.restore()
@@ -315,17 +359,17 @@ class Claims:
         while self._claimed:
             inbound = self._claimed[0]
             channel._queue_cycle.rotate(inbound.queue)
-            if inbound.queue not in channel.active_queues:
+            if inbound.queue not in channel.active_queues:  # cancelled meanwhile
+                channel.qos.put_back(inbound.tag, counted=False)
                 self._claimed.popleft()
-                channel.qos.restore_by_tag(inbound.tag)  # cancelled meanwhile
                 continue
             channel.dlx_inbound = inbound
             try:
                 payload = _envelope(inbound.item)
             except Exception as exc:  # noqa: BLE001 - not JSON, not UTF-8, no mapping, no properties, …
                 channel.dlx_inbound = None
-                self._claimed.popleft()
                 channel.dlx_garbage(inbound, exc)
+                self._claimed.popleft()
             else:
                 try:
                     channel.connection._deliver(payload, inbound.queue)
@@ -333,8 +377,8 @@ class Claims:
                     if channel.dlx_inbound is not None:  # it did not become a delivery
                         channel.dlx_inbound = None
                         if not isinstance(exc, (redis.exceptions.RedisError, OSError)):
-                            self._claimed.popleft()
                             channel.dlx_garbage(inbound, exc)
+                            self._claimed.popleft()
                             continue
                     else:
                         self._claimed.popleft()
@@ -349,7 +393,7 @@ class Claims:
         """The answer to a claim will not come: what it claimed is looked for over the next connection."""
         if self._asked is not None:
             credit = self._asked[1]
-            _unanswered.extend(self._tag(self._number + n) for n in range(1, credit + 1))
+            self.orphaned((self._tag(self._number + n) for n in range(1, credit + 1)), delivered=False)
             self._number += credit
         self._asked, self._pinged = None, False
         self._may_have_more = True
@@ -357,21 +401,50 @@ class Claims:
     def _sweep(self) -> None:
         if self._asked is not None or self._pinged:
             self.unanswered()  # its connection was dropped without our reading from it
-        while _unanswered:
-            self.channel.qos.restore_by_tag(_unanswered[0])
-            _unanswered.popleft()
+        orphans = _orphans.get(self._home)
+        if not orphans:
+            return
+        qos = self.channel.qos
+        tags = [tag for tag, _ in orphans]
+        there = self.channel.dlx_deliveries.present(qos.unacked_key, tags)
+        while orphans:
+            tag, delivered = orphans[0]
+            if tag in there:
+                qos.put_back(tag, counted=delivered)
+            orphans.popleft()
 
-    def restore(self) -> None:
-        """Put back what was claimed and not delivered."""
+    def orphaned(self, tags: Iterable[str], *, delivered: bool) -> None:
+        """Nobody will settle these any more: the next channel to the same server puts them back."""
+        _orphans.setdefault(self._home, deque()).extend((tag, delivered) for tag in tags)
+
+    def restore(self, active: Collection[str] = ()) -> None:
+        """Put back what was claimed and not delivered, but for queues that are still consumed."""
+        stay: deque[Inbound] = deque()
         while self._claimed:
-            inbound = self._claimed.popleft()
-            try:
-                self.channel.qos.restore_by_tag(inbound.tag)
-            except Exception as exc:  # noqa: BLE001
-                logger.error("a message was not restored and comes after the visibility timeout: %s", exc)
+            inbound = self._claimed[0]
+            if inbound.queue in active:
+                stay.append(inbound)
+            else:
+                try:
+                    self.channel.qos.put_back(inbound.tag, counted=False)
+                except Exception as exc:  # noqa: BLE001
+                    logger.info("claimed messages are put back later: %s", exc)
+                    self.orphaned([each.tag for each in self._claimed if each.tag], delivered=False)
+                    self._claimed.clear()
+                    break
+            self._claimed.popleft()
+        self._claimed = stay
 
     def close(self) -> None:
-        """Before the channel closes: what waits removes nothing, so it may simply end."""
+        """Before the channel closes, over a connection that may be gone: what waits removes nothing, and may simply end."""
+        if self.asked:
+            try:
+                self.channel._brpop_read()
+            except Exception as exc:  # noqa: BLE001 - Empty, too
+                logger.debug("a claim was not answered before its channel closed: %s", exc)
+            if self.asked:
+                self.unanswered()
+        self.restore()
         self._drop_waiters()
         if self._pool is not None:
             self._pool.disconnect()

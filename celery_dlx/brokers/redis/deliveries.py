@@ -69,6 +69,11 @@ class Deliveries:
         arguments = [tag, "L" if leftmost else "R", own_tag, _COUNT_MEMORY, "" if older is None else older]
         return bool(self._scripts["restore"](keys, arguments))
 
+    def present(self, unacked: str, tags: Sequence[str]) -> set[str]:
+        """Those that are still unacknowledged."""
+        found = self.client.hmget(self.prefix + unacked, list(tags)) if tags else []
+        return {tag for tag, entry in zip(tags, found, strict=True) if entry is not None}
+
     def counts(self, queue: str, own_tags: Sequence[str]) -> list[int]:
         """How often messages came back, by the tags their producers gave them."""
         found = self.client.hmget(deliveries_key(self.prefix, queue), list(own_tags)) if own_tags else []

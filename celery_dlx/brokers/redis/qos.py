@@ -152,9 +152,14 @@ class QoS(stock.QoS):  # type: ignore[misc]
 
     def restore_unacked(self, client: Any = None) -> None:
         """At shutdown: every message for itself; one that cannot be restored comes after the visibility timeout."""
-        for tag in list(self._delivered):
+        tags = list(self._delivered)
+        for position, tag in enumerate(tags):
             try:
                 self.restore_by_tag(tag)
+            except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, OSError) as exc:
+                logger.warning("%d messages are put back over the next connection: %s", len(tags) - position, exc)
+                self.channel.dlx_claims.orphaned((t for t in tags[position:] if t in self._held), delivered=True)
+                break
             except Exception as exc:  # noqa: BLE001
                 logger.error("a message was not restored and comes after the visibility timeout: %s", exc)
         self._delivered.clear()
@@ -166,16 +171,23 @@ class QoS(stock.QoS):  # type: ignore[misc]
             return super().restore_by_tag(tag, client=client, leftmost=leftmost)
         # Any connection may do it, one that covers no queue and knows no policy too: Celery's own for remote control, a
         # tool's. A return that is not counted would let poison be executed once more.
+        # kombu gives a client when it looks for overdue ones: what was renewed since is not overdue any more.
+        older = float(self.visibility_timeout) if client is not None else None
+        return self.put_back(name, leftmost=leftmost, older=older)
+
+    def put_back(self, tag: str, *, leftmost: bool = False, counted: bool = True, older: float | None = None) -> bool:
+        """Put one of our deliveries back into its list.
+
+        ``counted``: it counts as a return; not if nobody was given it. ``older``: see `Deliveries.restore`.
+        """
         deliveries = self.channel.dlx_deliveries
-        found = deliveries.held(self.unacked_key, self.unacked_index_key, name)
+        found = deliveries.held(self.unacked_key, self.unacked_index_key, tag)
         if found is None:
             return False
         queue, payload = parse_entry(found)
-        own_tag = str((payload.get("properties") or {}).get("delivery_tag") or "") if payload else ""
+        own_tag = str((payload.get("properties") or {}).get("delivery_tag") or "") if payload and counted else ""
         list_key = self.channel.dlx_list_key(queue, payload)
-        # kombu gives a client when it looks for overdue ones: what was renewed since is not overdue any more.
-        older = float(self.visibility_timeout) if client is not None else None
-        return deliveries.restore(*self.entry(name), queue, list_key, own_tag, leftmost, older)
+        return bool(deliveries.restore(*self.entry(tag), queue, list_key, own_tag, leftmost, older))
 
 
 def parse_entry(entry: bytes) -> tuple[str, dict[str, Any] | None]:

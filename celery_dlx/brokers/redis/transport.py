@@ -181,7 +181,13 @@ class ChannelMixin:
         finally:
             self.dlx_inbound = None
 
+    def _basic_cancel(self, consumer_tag: str) -> Any:
+        cancelled = super()._basic_cancel(consumer_tag)  # type: ignore[misc]
+        self.dlx_claims.restore(self.active_queues)  # type: ignore[attr-defined]
+        return cancelled
+
     def close(self) -> None:
+        self._closing = True
         self.dlx_claims.close()
         super().close()  # type: ignore[misc]
 

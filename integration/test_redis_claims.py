@@ -1,0 +1,205 @@
+"""How messages are taken from Redis: all at once, back again, and without a moment in which they are nowhere."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+import redis
+from celery import Celery
+from kombu import Queue
+from raw import Sender
+from servers import wait_for
+from workers import Worker
+
+from celery_dlx import DeadLetters
+from celery_dlx.policy.settings import Policy
+
+POLICY = "version: 1\n"
+LATE = "version: 1\ndefaults: {acks_late: true}\n"
+
+
+@pytest.fixture
+def client(redis_server):
+    with redis.Redis.from_url(redis_server.url) as found:
+        yield found
+
+
+def waiters(client):
+    """Connections that wait for a list, or did."""
+    return [each for each in client.client_list() if each["cmd"] == "blmove"]
+
+
+@pytest.mark.parametrize("pool", ["solo", "gevent", "prefork"])
+def test_a_warm_shutdown_puts_back_what_did_not_start(redis_server, queue, client, pool):
+    arguments = ("-P", pool, "-c", "1", "--prefetch-multiplier", "8")
+    worker = Worker(redis_server.url, [queue], policy=POLICY, arguments=arguments).start()
+    sender = Sender(redis_server.url)
+    for _ in range(8):
+        sender.task(queue, "matrix_app.sleeps", [1.5])
+    wait_for(lambda: worker.ran(), "the first task runs")
+    worker.process.send_signal(signal.SIGTERM)
+    assert worker.wait_exit() == 0
+    done = len(worker.ran())
+    assert 1 <= done <= 3
+    assert client.llen(queue) == 8 - done
+    assert not [entry for entry in client.hvals("unacked") if queue.encode() in entry]
+
+
+def test_silent_connections_that_the_server_closes_are_no_news(redis_server, queue, client):
+    """While there is no credit nothing waits; a server or balancer may close such connections."""
+    arguments = ("-c", "1", "--prefetch-multiplier", "1")
+    with Worker(redis_server.url, [queue], policy=LATE, arguments=arguments) as worker:
+        wait_for(lambda: waiters(client), "the idle worker waits")
+        Sender(redis_server.url).task(queue, "matrix_app.sleeps", [7])
+        wait_for(lambda: worker.ran(), "the task runs")
+        # Waits that were under way end by themselves; then the connections are silent.
+        wait_for(lambda: all(float(each["idle"]) >= 3 for each in waiters(client)), "the waits ended", every=0.2)
+        killed = [client.client_kill(each["addr"]) for each in waiters(client)]
+        assert killed
+        Sender(redis_server.url).task(queue, "matrix_app.ok")
+        wait_for(lambda: "ok " in worker.ran(), worker.ran)
+        assert worker.ran().count("sleeps") == 1, worker.output[-6000:]
+        assert "Connection to broker lost" not in worker.output
+
+
+def test_a_key_that_is_no_list_does_not_keep_the_others_waiting(redis_server, queue, client):
+    with Worker(redis_server.url, [queue], policy=POLICY) as worker:
+        wait_for(lambda: waiters(client), "the idle worker waits")
+        client.set(f"{queue}\x06\x163", "no list")
+        for _ in range(3):
+            seen = worker.ran().count("ok ")
+            Sender(redis_server.url).task(queue, "matrix_app.ok")
+            wait_for(lambda seen=seen: worker.ran().count("ok ") > seen, lambda: worker.output[-2000:])
+        assert worker.alive
+        client.delete(f"{queue}\x06\x163")
+
+
+def test_a_server_with_no_connections_to_spare(queue, tmp_path):
+    from servers import Redis
+
+    server = Redis("--maxclients", "10").start()
+    try:
+        with Worker(server.url, [queue], policy=POLICY, arguments=("-c", "1")) as worker:
+            wait_for(lambda: "for want of more connections" in worker.output, lambda: worker.output[-2000:])
+            Sender(server.url).task(queue, "matrix_app.ok")
+            wait_for(lambda: worker.ran() == ["ok "], lambda: worker.output[-2000:])
+            assert "Connection to broker lost" not in worker.output
+    finally:
+        server.stop()
+
+
+class Consumer:
+    """A channel that claims, driven by hand."""
+
+    def __init__(self, url: str, queues: list[str]) -> None:
+        self.app = Celery("claims", broker=url, set_as_current=False)
+        DeadLetters(self.app, policy=Policy())
+        self.connection = self.app.connection_for_read()
+        self.channel = self.connection.default_channel
+        self.channel.qos.prefetch_count = 4
+        self.got = []
+        self.tags = {queue: self.add(queue) for queue in queues}
+
+    def add(self, queue: str) -> str:
+        Queue(queue, channel=self.channel).declare()
+        settings = Policy().settings(queue)
+        self.channel.dlx_cover(queue, settings, Policy(), lambda *garbage: None)
+        self.channel.basic_consume(queue, False, self.got.append, f"tag-{queue}")
+        return f"tag-{queue}"
+
+    def drain(self, until) -> None:
+        def step() -> bool:
+            if not until():
+                try:
+                    self.connection.drain_events(timeout=0.2)
+                except TimeoutError:
+                    pass
+            return until()
+
+        wait_for(step, "what was to be drained", timeout=10)
+
+    def idle(self) -> None:
+        """Until it waits for more."""
+        self.drain(lambda: self.channel.dlx_claims.waiting and self.channel.dlx_claims._waiters)
+
+    def close(self) -> None:
+        self.connection.release()
+
+
+@pytest.fixture
+def consumer(redis_server, queue):
+    found = Consumer(redis_server.url, [queue])
+    yield found
+    found.close()
+
+
+def test_no_more_than_the_credit_is_claimed(redis_server, queue, client, consumer):
+    sender = Sender(redis_server.url)
+    for _ in range(10):
+        sender.task(queue)
+    consumer.drain(lambda: len(consumer.got) == 4)
+    assert (client.llen(queue), len(consumer.got)) == (6, 4)
+    for message in list(consumer.got):
+        message.ack()
+    consumer.drain(lambda: len(consumer.got) == 8)
+    assert client.llen(queue) == 2
+
+
+def test_what_is_held_is_in_redis_at_every_moment(redis_server, queue, client, consumer):
+    consumer.idle()
+    Sender(redis_server.url).task(queue)
+    assert client.llen(queue) == 1, "woken or not, it lies in its list until it is claimed"
+    consumer.drain(lambda: consumer.got)
+    assert sum(queue.encode() in entry for entry in client.hvals("unacked")) == 1
+
+
+def test_a_claim_whose_answer_is_lost_comes_back_at_once(redis_server, queue, client, consumer):
+    Sender(redis_server.url).task(queue)
+    channel = consumer.channel
+    consumer.connection.transport.cycle.on_poll_start()
+    assert channel.dlx_claims.asked, "a claim is under way"
+    wait_for(lambda: client.llen(queue) == 0, "it was executed")
+    channel.client.connection._sock.close()  # nobody reads the answer
+    consumer.close()
+    again = Consumer(redis_server.url, [queue])
+    again.drain(lambda: again.got)
+    assert len(again.got) == 1
+    again.close()
+
+
+def test_cancelled_queues_get_back_what_was_claimed(redis_server, queue, client, consumer):
+    consumer.channel.dlx_claims.one_by_one = True
+    sender = Sender(redis_server.url)
+    for _ in range(4):
+        sender.task(queue)
+    consumer.drain(lambda: consumer.got)
+    consumer.channel.basic_cancel(consumer.tags[queue])
+    assert client.llen(queue) == 4 - len(consumer.got)
+    assert consumer.channel.dlx_claims.tags() == []
+
+
+def test_queues_that_come_and_go_leave_no_connections(redis_server, queue, client, consumer):
+    consumer.idle()
+    before = len(waiters(client))
+    for n in range(20):
+        tag = consumer.add(f"{queue}-{n}")
+        consumer.drain(lambda n=n: any(f"{queue}-{n}" in key for key in consumer.channel.dlx_claims._waiters))
+        consumer.channel.basic_cancel(tag)
+    consumer.idle()
+    consumer.drain(lambda: len(consumer.channel.dlx_claims._waiters) == 4)
+    wait_for(lambda: len(waiters(client)) <= before, lambda: str(len(waiters(client))))
+
+
+def test_queues_take_turns(redis_server, queue, client):
+    other = f"{queue}-other"
+    sender = Sender(redis_server.url)
+    for _ in range(6):
+        sender.task(queue, "busy")
+    for _ in range(2):
+        sender.task(other, "quiet")
+    consumer = Consumer(redis_server.url, [queue, other])
+    consumer.drain(lambda: len(consumer.got) == 4)
+    names = [message.headers["task"] for message in consumer.got]
+    assert names.count("quiet") == 2
+    consumer.close()
