@@ -37,6 +37,8 @@ def _rate(ctx: click.Context, option: click.Parameter, value: str | None) -> flo
 def _seconds(ctx: click.Context, option: click.Parameter, value: str | None) -> float | None:
     if value is None:
         return None
+    if value in ("0", "0s"):
+        return 0.0  # no policy has a use for it, but here it is: do not wait
     try:
         return parse_duration(value)
     except ValueError as exc:
