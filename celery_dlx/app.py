@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from itertools import islice
 from pathlib import Path
@@ -200,15 +200,10 @@ class DeadLetters:
 
     def groups(self, queue: str | None = None, **filters: Any) -> list[Group]:
         """The letters of a queue, or of all, by cause: the largest group first. Filters as for `letters`."""
-        matches, groups = selection.match(**filters), Groups()
-
-        def collect(letter: DeadLetter) -> bool:
-            if matches(letter):
-                groups.add(letter)
-            return False  # counted, not kept: there may be a million
-
+        groups = Groups()
+        matches = selection.match(**filters).each(groups.add)
         for name in self._queues(queue):
-            for _ in self.broker.browse(name, collect):
+            for _ in self.broker.browse(name, matches):
                 pass
         return groups.sorted()
 
@@ -230,17 +225,12 @@ class DeadLetters:
         letters = islice(((name, letter) for name in names for letter in self._chosen(name, matches, limit)), limit)
         return start(self.broker, self.broker_name, names, letters, text, options or Options(), **(hooks or {}))
 
-    def _chosen(self, queue: str, matches: Callable[[DeadLetter], bool], limit: int | None) -> Iterator[Chosen]:
+    def _chosen(self, queue: str, matches: selection.Selection, limit: int | None) -> Iterator[Chosen]:
         if limit is not None:
             yield from (Chosen(letter.id, letter.fingerprint) for letter in self.broker.browse(queue, matches, limit))
             return
         found: list[Chosen] = []
-
-        def note(letter: DeadLetter) -> bool:
-            if matches(letter):
-                found.append(Chosen(letter.id, letter.fingerprint))
-            return False  # noted, not kept: there may be a million
-
+        note = matches.each(lambda letter: found.append(Chosen(letter.id, letter.fingerprint)))
         for _ in self.broker.browse(queue, note):
             pass
         yield from found

@@ -8,9 +8,31 @@ from fnmatch import fnmatchcase
 from time import time
 from typing import Any
 
+from celery_dlx.arguments import argument
+from celery_dlx.arguments import where as condition
 from celery_dlx.errors import UsageError
 from celery_dlx.letters import DeadLetter, Reason
 from celery_dlx.policy.durations import parse_duration
+
+
+class Selection:
+    """A test of letters. ``bodies``: it looks into messages, which Redis reads only if somebody wants them."""
+
+    def __init__(self, matches: Callable[[DeadLetter], bool], *, bodies: bool = False) -> None:
+        self._matches, self.bodies = matches, bodies
+
+    def __call__(self, letter: DeadLetter) -> bool:
+        return self._matches(letter)
+
+    def each(self, visit: Callable[[DeadLetter], None]) -> Selection:
+        """Visit what matches, and keep nothing: there may be a million."""
+
+        def note(letter: DeadLetter) -> bool:
+            if self._matches(letter):
+                visit(letter)
+            return False
+
+        return Selection(note, bodies=self.bodies)
 
 
 def match(
@@ -26,12 +48,14 @@ def match(
     root_id: str | None = None,
     worker: str | None = None,
     text: str | None = None,
-) -> Callable[[DeadLetter], bool]:
+    arguments: Iterable[str] | None = None,
+    where: Iterable[str] | None = None,
+) -> Selection:
     """A test of letters; all conditions given must hold.
 
     ``task`` and ``worker`` are names or globs; ``exception`` a type, with or without its module, or a glob; ``text`` stands
-    in the exception's message. ``since`` and ``until`` are aware datetimes, seconds since the epoch, ISO 8601 text, or an
-    age such as ``2h``.
+    in the exception's message; ``arguments`` (``user_id=42``) and ``where`` (``kwargs.amount > 100``) look into JSON bodies.
+    ``since`` and ``until`` are aware datetimes, seconds since the epoch, ISO 8601 text, or an age such as ``2h``.
 
     Raises:
         UsageError: a condition that cannot be understood.
@@ -40,6 +64,7 @@ def match(
     if reason is not None and reason not in {str(known) for known in Reason}:
         raise UsageError(f"reason {reason!r}: expected one of {', '.join(str(known) for known in Reason)}")
     first, last = moment(since, "since"), moment(until, "until")
+    conditions = [argument(each) for each in arguments or ()] + [condition(each) for each in where or ()]
 
     def matches(letter: DeadLetter) -> bool:
         return (
@@ -54,9 +79,10 @@ def match(
             and (root_id is None or letter.root_id == root_id)
             and (worker is None or fnmatchcase(letter.worker or "", worker))
             and (text is None or text in (letter.exception or {}).get("message", ""))
+            and all(holds(letter) for holds in conditions)
         )
 
-    return matches
+    return Selection(matches, bodies=bool(conditions))
 
 
 #: Fields of an exported letter that restoring needs, whichever broker it is from.

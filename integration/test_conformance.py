@@ -206,3 +206,21 @@ def test_replay_into_a_queue_that_is_gone(rabbitmq, queue):
         list(dead.replay(queue=queue))
     assert len(list(dead.letters(queue))) == 2
     dead.close()
+
+
+def test_letters_are_found_by_their_arguments(worker, broker, queue, dead):
+    sender = Sender(broker.url)
+    for number in range(6):
+        sender.task(queue, "matrix_app.fail", [number], {"user_id": number % 2, "amount": number * 10})
+    sender.task(queue, "matrix_app.fail", body=b"\x80\x04N.", content_type="application/x-python-serialize")
+    worker.wait_letters(queue, 7)
+    assert len(worker.json("list", queue, "--arg", "user_id=1")) == 3
+    found = worker.json("list", queue, "--where", "kwargs.amount >= 20", "--arg", "user_id=0")
+    assert [letter["args"] for letter in found] == ["[2]", "[4]"]
+    (group,) = worker.json("groups", queue, "--arg", "0=3")
+    assert group["count"] == 1
+    worker.stop()
+    worker.cli("discard", queue, "--where", "args[0] == 5", "--yes")
+    worker.cli("replay", queue, "--arg", "user_id=1", "--yes", "--wait", "0s")
+    assert sorted(letter.args or "" for letter in dead.letters(queue)) == ["()", "[0]", "[2]", "[4]"]
+    assert worker.cli("list", queue, "--where", "amount", check=False).returncode == 2

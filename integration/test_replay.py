@@ -104,11 +104,11 @@ def test_killed_again_and_again(worker, broker, queue, fixed):
     command = [sys.executable, "-m", "celery", "-A", "matrix_app", "dlx", "replay", "--json", "--rate", "150/s"]
     chosen = [queue, "--all", "--yes"]
     killed, seed = 0, random.Random(7)
-    for _ in range(4):
+    for _ in range(10):
         process = subprocess.Popen(
             [*command, *chosen], env=worker.env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
-        for _ in range(seed.randrange(5, 60)):
+        for _ in range(seed.randrange(5, 35)):
             if not process.stdout.readline():
                 break
         process.send_signal(signal.SIGKILL)
@@ -118,14 +118,14 @@ def test_killed_again_and_again(worker, broker, queue, fixed):
         assert journal is not None, "the fault happened"
         chosen = ["--resume", journal["replay"]]
         command = command[:8]
-    assert killed == 4
+    assert killed == 10
     done = replay(worker, *chosen, expect=0)
     assert (done["selected"], done["left"], done["stopped"]) == (count, 0, None)
     assert worker.letters(queue) == []
     expected = {f"fail_until {number}" for number in range(count)}
     wait_for(lambda: set(worker.ran()[before:]) == expected, "every message was executed", timeout=90)
     duplicates = sum(Counter(worker.ran()[before:]).values()) - count
-    assert duplicates <= 4 * 1000, "one window per kill at most"
+    assert duplicates <= 10 * 1000, "one window per kill at most"
     assert done["succeeded"] + done["waiting"] == count
 
 

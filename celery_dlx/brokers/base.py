@@ -109,6 +109,11 @@ class Replayed:
 Match = Callable[[DeadLetter], bool]
 
 
+def wants_bodies(match: Match | None) -> bool:
+    """Whether a test looks into messages (see `celery_dlx.selection.Selection`)."""
+    return bool(getattr(match, "bodies", False))
+
+
 @dataclass
 class Run:
     """How a replay goes about it. ``replay`` is the id under which workers report; ``to`` another queue than its own."""

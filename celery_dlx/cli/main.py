@@ -97,6 +97,8 @@ _FILTERS = (
     click.option("--since", metavar="WHEN", help="Died at or after: a time, or an age such as 2h."),
     click.option("--exception", metavar="TYPE", help="Exception type, with or without module, or glob."),
     click.option("--reason", type=click.Choice([str(reason) for reason in Reason])),
+    click.option("--where", multiple=True, metavar="CONDITION", help="On JSON arguments: 'kwargs.amount > 100'."),
+    click.option("--arg", "arguments", multiple=True, metavar="NAME=VALUE", help="A JSON argument: user_id=42, 0=42."),
     click.option("--text", metavar="WORDS", help="Words in the exception's message."),
     click.option("--worker", metavar="NAME", help="Worker name or glob."),
     click.option("--root-id", metavar="ID", help="Id of the workflow's first task."),
@@ -173,7 +175,7 @@ def split_targets(targets: tuple[str, ...], everything: bool, queue: str | None,
         queues.append(queue)
     if len(queues) > 1:
         raise UsageError(f"expected one queue, found {', '.join(queues)}; an id is 32 hexadecimal digits")
-    selected = {key: value for key, value in selected.items() if value is not None}
+    selected = {key: value for key, value in selected.items() if value not in (None, ())}
     if ids and (everything or selected):
         raise UsageError("expected ids, or --all, or filters; found more than one of them")
     if not ids and not everything and not selected:

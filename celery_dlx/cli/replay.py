@@ -76,7 +76,7 @@ def replay_letters(
     ids = None
     if resume is not None:
         given = (
-            *selected.values(),
+            *(value or None for value in selected.values()),
             targets or None,
             everything or None,
             queue,

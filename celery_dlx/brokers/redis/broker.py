@@ -11,7 +11,7 @@ from typing import Any
 
 import redis
 
-from celery_dlx.brokers.base import Match, QueueStats, Replayed, Run
+from celery_dlx.brokers.base import Match, QueueStats, Replayed, Run, wants_bodies
 from celery_dlx.brokers.redis.letters import letter_of, parse_item, revived
 from celery_dlx.brokers.redis.store import LetterStore, is_full
 from celery_dlx.errors import BrokerUnreachableError, StoreFullError, UsageError
@@ -59,9 +59,10 @@ class RedisBroker:
 
     def browse(self, queue: str, match: Match | None = None, limit: int | None = None) -> Iterator[DeadLetter]:
         dlq = self._policy.dlq(queue)
+        bodies = wants_bodies(match)
         letters = (
-            self._named(letter_of(record, None, score, dlq), letter_id, queue)
-            for letter_id, score, record, _ in self._store.pages(queue, bodies=False)
+            self._named(letter_of(record, (item or b"") if bodies else None, score, dlq), letter_id, queue)
+            for letter_id, score, record, item in self._store.pages(queue, bodies=bodies)
         )
         return islice((letter for letter in letters if match is None or match(letter)), limit)
 
@@ -100,6 +101,9 @@ class RedisBroker:
     def _matching(self, queue: str, match: Match, size: int) -> Iterator[tuple[str, float, bytes | None, bytes | None]]:
         dlq = self._policy.dlq(queue)
         # All that is there now, not what replays put back meanwhile.
+        if wants_bodies(match):
+            ids = {letter.id for letter in self.browse(queue, match)}
+            match = lambda letter: letter.id in ids  # noqa: E731
         snapshot = list(self._store.pages(queue, bodies=False))
         for start in range(0, len(snapshot), size):
             wanted = []
@@ -154,7 +158,7 @@ class RedisBroker:
         return restored, present
 
     def discard(self, queue: str, match: Match, limit: int | None = None) -> Iterator[DeadLetter]:
-        chosen = islice((letter for letter in list(self.browse(queue)) if match(letter)), limit)
+        chosen = iter(list(self.browse(queue, match, limit)))
         while batch := list(islice(chosen, _BATCH)):
             removed = self._store.discard(queue, [letter.id for letter in batch])
             yield from (letter for letter in batch if letter.id in removed)
