@@ -50,11 +50,13 @@ def match(
     text: str | None = None,
     arguments: Iterable[str] | None = None,
     where: Iterable[str] | None = None,
+    bodies: bool = False,
 ) -> Selection:
     """A test of letters; all conditions given must hold.
 
     ``task`` and ``worker`` are names or globs; ``exception`` a type, with or without its module, or a glob; ``text`` stands
     in the exception's message; ``arguments`` (``user_id=42``) and ``where`` (``kwargs.amount > 100``) look into JSON bodies.
+    ``bodies``: give messages with the letters, on Redis too.
     ``since`` and ``until`` are aware datetimes, seconds since the epoch, ISO 8601 text, or an age such as ``2h``.
 
     Raises:
@@ -82,7 +84,7 @@ def match(
             and all(holds(letter) for holds in conditions)
         )
 
-    return Selection(matches, bodies=bool(conditions))
+    return Selection(matches, bodies=bodies or bool(conditions))
 
 
 #: Fields of an exported letter that restoring needs, whichever broker it is from.

@@ -65,7 +65,9 @@ def dead_letters(ctx: click.Context) -> DeadLetters:
 
 
 JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
-FORCE = click.option("--force", is_flag=True, help="Insist where reading may delete letters (see DLX107).")
+FORCE = click.option(
+    "--force", is_flag=True, help="Insist: read where that may delete letters (DLX107); replay what would die again."
+)
 YES = click.option("--yes", is_flag=True, help="Do not ask.")
 DRY_RUN = click.option("--dry-run", is_flag=True, help="Only say what would be done.")
 

@@ -8,18 +8,23 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import click
 
+from celery_dlx import preflight
+from celery_dlx.app import DeadLetters
 from celery_dlx.brokers.base import Replayed
 from celery_dlx.cli import output
 from celery_dlx.cli.main import JSON, command, confirmed, dead_letters, preview, split_targets, targets
-from celery_dlx.errors import EXIT_FINDINGS, UnknownLetterError, UsageError
+from celery_dlx.errors import EXIT_FINDINGS, ReplayError, UnknownLetterError, UsageError
 from celery_dlx.journal import Record, as_history, history
 from celery_dlx.policy.durations import parse_duration
 from celery_dlx.replay import Options
 
+#: Kinds of doubts that are shown.
+_SHOWN = 10
 _RATE = re.compile(r"(?P<count>\d+(?:\.\d+)?)(?:/(?P<unit>[smh]))?")
 _SECONDS = {"s": 1, "m": 60, "h": 3600}
 
@@ -102,6 +107,7 @@ def replay_letters(
         if resume is not None:
             engine, locks = dead.resume_replay(resume, hooks, rate=rate, wait=wait)
         else:
+            _preflight(dead, ids, queue, limit, to, force, selected)
             options = Options(canary, rate, to, bool(canary) if stop_on_repeat is None else stop_on_repeat)
             options.wait = options.wait if wait is None else wait
             engine, locks = dead.start_replay(ids, queue, limit=limit, options=options, hooks=hooks, **selected)
@@ -125,6 +131,30 @@ def replay_letters(
     summary = engine.record.summary()
     if summary["stopped"] or summary["left"]:
         sys.exit(EXIT_FINDINGS)
+
+
+def _preflight(
+    dead: DeadLetters, ids: Any, queue: str | None, limit: int | None, to: str | None, force: bool, selected: dict[str, Any]
+) -> None:
+    """Say what will go wrong again, and refuse what surely will.
+
+    Raises:
+        ReplayError: a message will surely die again.
+    """
+    most = min(limit or preflight.MOST, preflight.MOST)
+    found = list(preflight.doubts(dead, dead.letters(queue, limit=most, ids=ids, bodies=True, **selected), to))
+    by_message: dict[str, list[preflight.Doubt]] = {}
+    for doubt in found:
+        by_message.setdefault(doubt.message, []).append(doubt)
+    for message, doubts in islice(by_message.items(), _SHOWN):
+        others = f" and {len(doubts) - 1} more" if len(doubts) > 1 else ""
+        output.say(f"letter {doubts[0].letter}{others}: {message}")
+    sure = {doubt.letter for doubt in found if doubt.sure}
+    if sure and not force:
+        raise ReplayError(
+            f"{len(sure)} of the letters looked at would die again; nothing was replayed. Correct what is said above, "
+            "choose other letters, or insist with --force"
+        )
 
 
 def _show(replayed: Replayed, record: Record, as_json: bool) -> None:

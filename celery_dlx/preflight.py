@@ -1,0 +1,108 @@
+"""What will go wrong again, said before anything leaves: by what the workers that run now answer.
+
+Nobody's answer is no finding: a replay may well be started before its workers are.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from celery_dlx.app import DeadLetters
+from celery_dlx.arguments import arguments_of
+from celery_dlx.letters import DeadLetter
+
+logger = logging.getLogger("celery_dlx")
+
+#: Letters that are looked at, at most.
+MOST = 1_000
+#: Waiting for workers to answer, in seconds.
+_ANSWER = 1.0
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """Why a letter's message will not be executed, or not as it was. ``sure``: it will die again."""
+
+    letter: str
+    queue: str
+    message: str
+    sure: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"doubt": self.message, "id": self.letter, "queue": self.queue, "sure": self.sure}
+
+
+class Fleet:
+    """The workers with celery-dlx that answer: which queues they consume, which tasks they know."""
+
+    def __init__(self, app: Any) -> None:
+        self.consumers: dict[str, set[str]] = {}
+        self.tasks: dict[str, frozenset[str]] = {}
+        try:
+            found = app.control.broadcast("dlx_status", reply=True, timeout=_ANSWER) or []
+        except Exception as exc:  # noqa: BLE001 - advice only: what keeps the replay itself from the broker, it will say
+            logger.debug("no worker could be asked: %s", exc)
+            found = []
+        for worker, answer in (pair for reply in found for pair in reply.items()):
+            if isinstance(answer, Mapping) and "tasks" in answer:
+                self.tasks[worker] = frozenset(answer["tasks"])
+                for queue in answer.get("consumes") or ():
+                    self.consumers.setdefault(str(queue), set()).add(worker)
+
+
+def doubts(dead: DeadLetters, letters: Iterable[DeadLetter], to: str | None = None) -> Iterator[Doubt]:
+    """Look at letters before a replay, with their messages. ``to``: the queue they go to, if not their own."""
+    fleet = Fleet(dead.app)
+    if not fleet.tasks:
+        return
+    for letter in letters:
+        queue = to or letter.queue
+        for message, sure in _of_letter(dead.app, fleet, letter, queue):
+            yield Doubt(letter.id, queue, message, sure)
+
+
+def _of_letter(app: Any, fleet: Fleet, letter: DeadLetter, queue: str) -> Iterator[tuple[str, bool]]:
+    consumers = fleet.consumers.get(queue, set())
+    ignorant = {worker for worker in consumers if letter.task and letter.task not in fleet.tasks[worker]}
+    if not consumers:
+        yield f"no worker that answers consumes queue {queue!r}", False
+    if ignorant:
+        sure = ignorant == consumers
+        yield f"task {letter.task!r} is not registered on {', '.join(sorted(ignorant))}", sure
+    content_type = letter.original.properties.get("content_type")
+    if content_type and content_type not in _accepted(app):
+        yield f"content type {content_type!r} is not accepted (accept_content)", True
+    if (problem := _unbound(app, letter)) is not None:
+        yield problem, True
+    eta = letter.original.headers.get("eta")
+    if isinstance(eta, str) and eta > time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime()):
+        yield f"it waits for its eta, {eta}", False
+
+
+def _accepted(app: Any) -> set[str]:
+    from kombu.serialization import prepare_accept_content
+
+    return set(prepare_accept_content(app.conf.accept_content) or ())
+
+
+def _unbound(app: Any, letter: DeadLetter) -> str | None:
+    """Why the arguments do not fit the task as this app knows it; its workers may run other code."""
+    task = app.tasks.get(letter.task) if letter.task else None
+    arguments = arguments_of(letter.original)
+    if task is None or arguments is None or not getattr(task, "typing", False):
+        return None
+    args, kwargs = arguments
+    if not isinstance(args, list) or not isinstance(kwargs, Mapping):
+        return "its arguments are no list and mapping"
+    try:
+        inspect.signature(task.run).bind(*args, **kwargs)
+    except TypeError as exc:
+        return f"its arguments do not fit {letter.task}: {exc}"
+    except ValueError:
+        return None  # a callable without a signature
+    return None

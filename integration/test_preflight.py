@@ -1,0 +1,55 @@
+"""What surely dies again is not replayed without `--force`."""
+
+from __future__ import annotations
+
+import pytest
+from raw import Sender
+from workers import Worker
+
+
+@pytest.fixture(scope="module")
+def worker(broker):
+    with Worker(broker.url, ["preflight"], policy="version: 1\n") as it:
+        yield it
+
+
+@pytest.fixture
+def letters(worker, broker):
+    sender = Sender(broker.url)
+    sender.task("preflight", "matrix_app.no_such_task")
+    sender.task("preflight", "matrix_app.add", [1], {"unknown": 2})
+    sender.task("preflight", "matrix_app.fail", ["again"])
+    yield {letter["task"]: letter["id"] for letter in worker.wait_letters("preflight", 3)}
+    worker.cli("purge", "preflight", "--yes")
+
+
+def test_what_dies_again_is_refused(worker, letters):
+    done = worker.cli("replay", "preflight", "--all", "--yes", check=False)
+    assert done.returncode == 1
+    assert "'matrix_app.no_such_task' is not registered on" in done.stderr
+    assert "its arguments do not fit matrix_app.add: " in done.stderr
+    assert "2 of the letters looked at would die again; nothing was replayed" in done.stderr
+    assert len(worker.letters("preflight")) == 3
+    assert worker.json("history") == []
+
+
+def test_it_can_be_insisted_on(worker, letters):
+    worker.cli("replay", "preflight", letters["matrix_app.no_such_task"], "--force", "--wait", "30s")
+    (again,) = [each for each in worker.wait_letters("preflight", 3) if each["task"] == "matrix_app.no_such_task"]
+    assert again["replays"] == 1
+
+
+def test_others_go_and_what_is_not_sure_is_only_said(worker, letters):
+    done = worker.cli(
+        "replay", "preflight", letters["matrix_app.fail"], "--to", "nobody-consumes-this", "--wait", "0s", check=False
+    )
+    assert "no worker that answers consumes queue 'nobody-consumes-this'" in done.stderr
+    assert "would die again" not in done.stderr
+
+
+def test_without_workers_nothing_is_doubted(worker, letters):
+    worker.stop()
+    worker.cli("replay", "preflight", "--all", "--yes", "--wait", "0s")
+    assert worker.letters("preflight") == []
+    worker.start()
+    worker.wait_letters("preflight", 3)
