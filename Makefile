@@ -3,6 +3,7 @@
 #   make demo                   the main job, on an embedded Redis: no server needed
 #   make demo BROKER=amqp://…   the same on a real broker
 #   make test                   all tests, on private brokers it starts itself, on the newest and the oldest Celery
+#   make soak                   workers are killed, frozen and cut off for hours while every message is accounted for
 #   make check                  linters, types, import rules and pure tests, in under a minute
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +11,7 @@ OLDEST := .venvs/oldest
 BIN := $(VENV)/bin
 BROKER ?=
 
-.PHONY: demo test check lint types imports unit integration oldest coverage bench schema clean
+.PHONY: demo test check lint types imports unit integration oldest coverage soak bench schema clean
 .DEFAULT_GOAL := check
 
 # Without ensurepip (Debian's python3 lacks python3-venv) a venv has no pip: say what to install.
@@ -68,6 +69,10 @@ coverage: $(VENV)/.dev
 	$(BIN)/coverage erase
 	COVERAGE_PROCESS_START=$(CURDIR)/pyproject.toml $(BIN)/python -m pytest tests integration --cov --cov-branch --cov-report=term
 	$(BIN)/coverage report
+
+# Hours: storms with seeds of their own; SOAK="--rounds 2 --only redis" for less.
+soak: $(VENV)/.dev
+	$(BIN)/python integration/faults/soak.py $(SOAK)
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/run.py

@@ -236,3 +236,25 @@ def test_control_and_result_queues_are_never_touched(redis_server, queue, client
     assert app.control.ping(timeout=0.3) == []
     assert set(client.keys("dlx:*")) == before
     assert client.hlen("unacked") == 0
+
+
+def test_a_poisons_neighbours_are_not_to_blame(redis_server, queue, client):
+    """They were held by each worker that died, and never started."""
+    options = json.dumps({"visibility_timeout": 1, "unacked_restore_interval": 1, "unacked_restore_throttle": 1})
+    policy = f"version: 1\nqueues: {{{queue}: {{acks_late: true, max_deliveries: 2}}}}\n"
+    sender = Sender(redis_server.url)
+    poison = sender.task(queue, "matrix_app.sleeps", [60])
+    for _ in range(3):
+        sender.task(queue, "matrix_app.ok")
+    arguments = ("-P", "solo", "--prefetch-multiplier", "4")
+    for delivery in (1, 2):
+        worker = Worker(redis_server.url, [queue], policy=policy, DLX_TRANSPORT_OPTIONS=options, arguments=arguments).start()
+        wait_for(lambda worker=worker: worker.ran(), f"delivery {delivery} started", timeout=30)
+        assert client.hlen("unacked") == 4, "its neighbours are held"
+        worker.kill()
+    arguments = ("-c", "1", "--prefetch-multiplier", "4")
+    with Worker(redis_server.url, [queue], policy=policy, DLX_TRANSPORT_OPTIONS=options, arguments=arguments) as worker:
+        (letter,) = worker.wait_letters(queue, 1)
+        assert (letter["task_id"], letter["reason"]) == (poison, "max_deliveries")
+        wait_for(lambda: worker.ran() == ["ok "] * 3, worker.ran)
+        assert len(worker.letters(queue)) == 1

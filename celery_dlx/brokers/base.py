@@ -22,12 +22,27 @@ class Delivery:
     original: Callable[[], Original]
     #: How often the message was delivered, this time included.
     deliveries: int = 1
+    #: How many of them count against it, where that is known better: a message that was only held by a worker that died is
+    #: not to blame for its death.
+    blamed: int | None = None
+    #: Called when its task starts, if the broker wants to know.
+    on_started: Callable[[], None] | None = None
     #: Set just before the message is rejected; on Redis the rejection stores the letter.
     letter: DeadLetter | None = None
     #: Called when a rejection stored the letter.
     on_stored: Callable[[], None] | None = None
     #: The message's final disposition is decided: nothing may capture it a second time.
     settled: bool = False
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether it was delivered as often as the policy allows, this time included."""
+        return (self.deliveries if self.blamed is None else self.blamed) >= self.settings.max_deliveries
+
+    @property
+    def is_poison(self) -> bool:
+        """Whether it was delivered more often than that."""
+        return (self.deliveries if self.blamed is None else self.blamed) > self.settings.max_deliveries
 
     def __repr__(self) -> str:
         return f"<delivery from {self.queue!r}>"  # stock Celery logs delivery_info

@@ -105,7 +105,7 @@ class Intake:
 
     def _is_poison(self, message: Any, delivery: Delivery) -> bool:
         limit = delivery.settings.max_deliveries
-        if delivery.deliveries <= limit or not delivery.settings.captures(Reason.MAX_DELIVERIES.value):
+        if not delivery.is_poison or not delivery.settings.captures(Reason.MAX_DELIVERIES.value):
             return False
         if isinstance(message.headers, dict) and message.headers.get("id") in state.revoked:
             return False  # revoked meanwhile: Celery's to say

@@ -106,6 +106,12 @@ class DeadLetterRequest:
             lambda: handle(exc_info, send_failed_event=send_failed_event, return_ok=return_ok),
         )
 
+    def on_accepted(self, pid: Any, time_accepted: Any) -> Any:
+        delivery = delivery_of(self.message)
+        if delivery is not None and delivery.on_started is not None and self.task.acks_late:
+            delivery.on_started()
+        return super().on_accepted(pid, time_accepted)  # type: ignore[misc]
+
     def on_timeout(self, soft: bool, timeout: float) -> Any:
         if not soft and self._dlx_timed_out and not compat.ON_TIMEOUT_CALLS_HOOKS:
             return None  # on_failure did it all
@@ -166,8 +172,7 @@ class DeadLetterRequest:
             again = bool(self.task.acks_late and self.task.reject_on_worker_lost)
         if not again or self.acknowledged:
             return reason
-        poison = delivery.deliveries >= delivery.settings.max_deliveries
-        if poison and delivery.settings.captures(Reason.MAX_DELIVERIES.value):
+        if delivery.is_spent and delivery.settings.captures(Reason.MAX_DELIVERIES.value):
             return Reason.MAX_DELIVERIES.value
         return None
 

@@ -351,8 +351,8 @@ class Claims:
         for queue in set(queues):
             inbound = [each for each in self._claimed if each.queue == queue]
             own_tags = [_own_tag(each.item) for each in inbound]
-            for each, count in zip(inbound, self.channel.dlx_deliveries.counts(queue, own_tags), strict=True):
-                each.returns = count
+            for each, counts in zip(inbound, self.channel.dlx_deliveries.counts(queue, own_tags), strict=True):
+                each.returns, each.started = counts
 
     def _deliver(self) -> None:
         channel = self.channel

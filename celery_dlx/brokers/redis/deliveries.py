@@ -74,7 +74,17 @@ class Deliveries:
         found = self.client.hmget(self.prefix + unacked, list(tags)) if tags else []
         return {tag for tag, entry in zip(tags, found, strict=True) if entry is not None}
 
-    def counts(self, queue: str, own_tags: Sequence[str]) -> list[int]:
-        """How often messages came back, by the tags their producers gave them."""
-        found = self.client.hmget(deliveries_key(self.prefix, queue), list(own_tags)) if own_tags else []
-        return [int(count or 0) for count in found]
+    def counts(self, queue: str, own_tags: Sequence[str]) -> list[tuple[int, int]]:
+        """How often messages came back, and were started since the first time, by the tags their producers gave them."""
+        if not own_tags:
+            return []
+        fields = [field for tag in own_tags for field in (tag, f"{tag}:started")]
+        found = [int(count or 0) for count in self.client.hmget(deliveries_key(self.prefix, queue), fields)]
+        return list(zip(found[::2], found[1::2], strict=True))
+
+    def started(self, queue: str, own_tag: str) -> None:
+        """Note that the task of a message that had come back was started."""
+        pipe = self.client.pipeline()
+        pipe.hincrby(deliveries_key(self.prefix, queue), f"{own_tag}:started", 1)
+        pipe.pexpire(deliveries_key(self.prefix, queue), _COUNT_MEMORY)
+        pipe.execute()

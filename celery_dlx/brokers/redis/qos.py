@@ -35,10 +35,12 @@ class RedisDelivery(Delivery):
 class Inbound:
     """A list item on its way to becoming a delivery. ``tag``: it is registered already."""
 
-    __slots__ = ("item", "queue", "returns", "tag")
+    __slots__ = ("item", "queue", "returns", "started", "tag")
 
-    def __init__(self, queue: str, item: bytes, tag: str | None = None, returns: int = 0) -> None:
-        self.queue, self.item, self.tag, self.returns = queue, item, tag, returns
+    def __init__(self, queue: str, item: bytes, tag: str | None = None) -> None:
+        self.queue, self.item, self.tag = queue, item, tag
+        #: How often it came back before, and how often of these it had been started.
+        self.returns = self.started = 0
 
 
 class QoS(stock.QoS):  # type: ignore[misc]
@@ -57,17 +59,21 @@ class QoS(stock.QoS):  # type: ignore[misc]
         if not isinstance(message.delivery_info, dict):
             message.delivery_info = {}  # whatever a producer put there; kombu and Celery expect a mapping
         queue, item, own_tag, tag = inbound.queue, inbound.item, str(delivery_tag), inbound.tag
-        returns = inbound.returns
         if tag is None:
             tag = self.channel.dlx_next_tag()
-            returns = self.channel.dlx_deliveries.register(
-                self.unacked_key, self.unacked_index_key, tag, item, queue, own_tag
-            )
+            if self.channel.dlx_deliveries.register(self.unacked_key, self.unacked_index_key, tag, item, queue, own_tag):
+                ((inbound.returns, inbound.started),) = self.channel.dlx_deliveries.counts(queue, [own_tag])
+        returns = inbound.returns
         flagged = bool(message.headers.get("redelivered"))
         delivery = RedisDelivery(queue=queue, settings=settings or BUILT_IN, original=partial(original_of, item))
         delivery.own_tag, delivery.redelivered = own_tag, bool(returns) or flagged
         # A stock worker that put the message back flagged it and did not count.
         delivery.deliveries = max(returns, int(flagged)) + 1
+        if returns > 1:
+            # Of the first return nobody knows whether it had been started; noting every start would cost every task.
+            delivery.blamed = min(returns, inbound.started + 1) + 1
+        if returns:
+            delivery.on_started = partial(self._note_start, delivery)
         if delivery.redelivered:
             message.delivery_info["redelivered"] = True
         if settings is not None:
@@ -77,6 +83,12 @@ class QoS(stock.QoS):  # type: ignore[misc]
         self.channel.dlx_inbound = None
         self._held[tag] = delivery
         virtual.QoS.append(self, message, tag)
+
+    def _note_start(self, delivery: RedisDelivery) -> None:
+        try:
+            self.channel.dlx_deliveries.started(delivery.queue, delivery.own_tag)
+        except Exception as exc:  # noqa: BLE001 - then it counts once less
+            logger.warning("the start of a message of %r was not noted: %s", delivery.queue, exc)
 
     def ack(self, delivery_tag: Any) -> None:
         delivery = self._held.get(delivery_tag)

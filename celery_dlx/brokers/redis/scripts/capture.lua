@@ -34,7 +34,7 @@ if ARGV[8] ~= '' then
   redis.call('HDEL', KEYS[5], ARGV[8])
   redis.call('ZREM', KEYS[6], ARGV[8])
 end
-if ARGV[9] ~= '' then redis.call('HDEL', KEYS[7], ARGV[9]) end
+if ARGV[9] ~= '' then redis.call('HDEL', KEYS[7], ARGV[9], ARGV[9] .. ':started') end
 redis.call('HINCRBY', KEYS[4], 'captured', 1)
 redis.call('HINCRBY', KEYS[4], 'reason:' .. ARGV[3], 1)
 local total = redis.call('HINCRBY', KEYS[4], 'bytes', bytes)
