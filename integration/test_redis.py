@@ -258,3 +258,19 @@ def test_a_poisons_neighbours_are_not_to_blame(redis_server, queue, client):
         assert (letter["task_id"], letter["reason"]) == (poison, "max_deliveries")
         wait_for(lambda: worker.ran() == ["ok "] * 3, worker.ran)
         assert len(worker.letters(queue)) == 1
+
+
+def test_what_overflows_becomes_letters(redis_server, queue, client):
+    sender = Sender(redis_server.url)
+    ids = [sender.task(queue, "matrix_app.sleeps", [0.3]) for _ in range(150)]
+    policy = f"version: 1\nqueues: {{{queue}: {{max_length: 20}}}}\n"
+    with Worker(redis_server.url, [queue], policy=policy, arguments=("-c", "1", "--prefetch-multiplier", "1")) as worker:
+        worker.wait_letters(queue, 100)
+        wait_for(lambda: client.llen(queue) <= 20, lambda: client.llen(queue))
+        wait_for(lambda: client.llen(queue) == 0, lambda: client.llen(queue), every=0.5)
+        letters = worker.letters(queue)
+        wait_for(lambda: len(worker.ran()) + len(letters) == len(ids), lambda: (len(worker.ran()), len(letters)))
+        assert {letter["reason"] for letter in letters} == {"maxlen"}
+        assert [letter["task_id"] for letter in letters] == [i for i in ids if i in {each["task_id"] for each in letters}]
+        worker.cli("replay", letters[0]["id"], "--queue", queue, "--wait", "30s")
+    assert not [entry for entry in client.hvals("unacked") if queue.encode() in entry]

@@ -21,6 +21,7 @@ from celery_dlx.brokers.rabbitmq.capture import RabbitMQCapturer
 from celery_dlx.brokers.rabbitmq.inspect import by_management
 from celery_dlx.brokers.rabbitmq.management import management_of
 from celery_dlx.brokers.redis.capture import RedisCapturer
+from celery_dlx.brokers.redis.overflow import Overflow
 from celery_dlx.errors import DeadLetterError
 from celery_dlx.policy.settings import QueueSettings, management_url
 from celery_dlx.topology.live import has_net
@@ -35,6 +36,8 @@ logger = logging.getLogger("celery_dlx")
 SHUTDOWN_TIMEOUT = 30.0
 #: A worker's start does not wait longer than this for the management API, in seconds.
 _MANAGEMENT_TIMEOUT = 3.0
+#: Between looks at the length of source queues on Redis, in seconds.
+_TRIM_EVERY = 1.0
 #: Between attempts to store letters that Redis did not take, in seconds.
 _RETRY_EVERY = 5.0
 
@@ -107,6 +110,8 @@ class Capture(bootsteps.StartStopStep):  # type: ignore[misc]
         if hasattr(channel, "dlx_cover"):
             # Where tasks run in the loop itself, or spawning one waits for a free place, claims must not pile up in it.
             channel.dlx_claims.one_by_one = net.capturer.eager or consumer.hub is None
+            overflow = Overflow(channel, cover_of(consumer.app).policy, consumer.hostname)
+            consumer.timer.call_repeatedly(_TRIM_EVERY, partial(_trim, ref(channel), overflow))
             # The channel is new after each reconnect; the entry for the one before finds nothing to renew.
             every = max(float(channel.visibility_timeout) / 3, 0.2)
             consumer.timer.call_repeatedly(every, partial(_renew, ref(channel)))
@@ -144,6 +149,16 @@ def _renew(channel_ref: Any) -> None:
         channel.qos.renew()
     except Exception as exc:  # noqa: BLE001
         logger.warning("held messages were not renewed: %s", exc)
+
+
+def _trim(channel_ref: Any, overflow: Overflow) -> None:
+    channel = channel_ref()
+    if channel is None or channel.closed or channel.connection is None:
+        return
+    try:
+        overflow.run()
+    except Exception as exc:  # noqa: BLE001
+        logger.warning("max_length was not looked after: %s", exc)
 
 
 def make_capturer(cover: BrokerCover, app: Any, hostname: str) -> Capturer | None:
@@ -251,8 +266,8 @@ def _without_net(cover: BrokerCover, connection: Any, queues: list[str]) -> list
 
 
 def _check_redis(channel: Any, managed: Any) -> None:
-    if any(settings.message_ttl or settings.max_length for settings in managed):
-        logger.warning("message_ttl and max_length of source queues are not kept on Redis yet; their DLQs' caps are")
+    if any(settings.message_ttl for settings in managed):
+        logger.warning("message_ttl of source queues is not kept on Redis: its messages do not say since when they wait")
     try:
         with channel.conn_or_acquire() as client:
             eviction = client.info("memory").get("maxmemory_policy", "noeviction")
