@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from itertools import islice
 from pathlib import Path
@@ -40,6 +42,8 @@ POLICY_VARIABLE = "CELERY_DLX_POLICY"
 #: Bootsteps by name: imported by workers only.
 TOPOLOGY, CAPTURE = "celery_dlx.worker.steps:Topology", "celery_dlx.worker.steps:Capture"
 
+#: Waiting for a result backend, in seconds.
+_BACKEND_TIMEOUT = 2.0
 
 _installed: WeakKeyDictionary[Any, DeadLetters] = WeakKeyDictionary()
 
@@ -262,6 +266,23 @@ class DeadLetters:
             if letter is not None:
                 return letter
         raise self._unknown([letter_id], queue)
+
+    def result_state(self, letter: DeadLetter) -> str | None:
+        """What the result backend says of the letter's task; ``None`` if there is none that others can ask, or no answer."""
+        task_id = letter.task_id
+        if not task_id or type(self.app.backend).__name__ in ("DisabledBackend", "RPCBackend"):
+            return None
+        found: list[str] = []
+
+        def ask() -> None:
+            with suppress(Exception):  # every backend has errors of its own
+                found.append(str(self.app.AsyncResult(task_id).state))
+
+        # Aside: a backend that is gone is asked again and again, for minutes.
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(_BACKEND_TIMEOUT)
+        return found[0] if found else None
 
     def replay(
         self,

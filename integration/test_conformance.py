@@ -224,3 +224,18 @@ def test_letters_are_found_by_their_arguments(worker, broker, queue, dead):
     worker.cli("replay", queue, "--arg", "user_id=1", "--yes", "--wait", "0s")
     assert sorted(letter.args or "" for letter in dead.letters(queue)) == ["()", "[0]", "[2]", "[4]"]
     assert worker.cli("list", queue, "--where", "amount", check=False).returncode == 2
+
+
+def test_show_tells_of_the_workflow_and_the_result(broker, redis_server, queue):
+    """The result backend is Redis for both brokers."""
+    backend = f"redis://127.0.0.1:{redis_server.port}/3"
+    with Worker(broker.url, [queue], policy="version: 1\n", DLX_BACKEND=backend) as worker:
+        embed = {"callbacks": [{"task": "matrix_app.ok"}], "errbacks": None, "chord": None,
+                 "chain": [{"task": "matrix_app.last"}, {"task": "matrix_app.next"}]}  # fmt: skip
+        Sender(broker.url).task(queue, "matrix_app.fail", body=json.dumps([["x"], {}, embed]).encode())
+        (letter,) = worker.wait_letters(queue, 1)
+        (shown,) = worker.json("show", letter["id"], "--queue", queue)
+        assert shown["canvas"]["chain"] == ["matrix_app.next", "matrix_app.last"]
+        assert shown["result_state"] == "FAILURE"
+        text = worker.cli("show", letter["id"], "--queue", queue).stdout
+        assert "matrix_app.next → matrix_app.last: goes on when a replay succeeds" in text

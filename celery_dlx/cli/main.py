@@ -16,6 +16,7 @@ from kombu.exceptions import KombuError
 from redis.exceptions import RedisError, ResponseError
 
 from celery_dlx.app import DeadLetters
+from celery_dlx.canvas import canvas_of
 from celery_dlx.cli import output
 from celery_dlx.errors import EXIT_FINDINGS, EXIT_UNREACHABLE, DeadLetterError, UsageError
 from celery_dlx.letters import Reason
@@ -137,7 +138,9 @@ def list_letters(
 @JSON
 def show(ctx: click.Context, letter_id: str, queue: str | None, force: bool, as_json: bool) -> None:
     """One letter: its death, its traceback, its message."""
-    letter = dead_letters(ctx).get(letter_id, queue)
+    dead = dead_letters(ctx)
+    letter = dead.get(letter_id, queue)
+    state = dead.result_state(letter)
     if as_json:
         original = letter.original
         output.json_line(
@@ -147,10 +150,12 @@ def show(ctx: click.Context, letter_id: str, queue: str | None, force: bool, as_
                 "properties": dict(original.properties),
                 "stripped": letter.stripped,
                 "body": original.body.decode("utf-8", "backslashreplace"),
+                "canvas": canvas_of(original).as_dict(),
+                "result_state": state,
             }
         )
     else:
-        output.show_letter(letter)
+        output.show_letter(letter, state)
 
 
 @command()

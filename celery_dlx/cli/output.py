@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from celery_dlx.canvas import canvas_of
 from celery_dlx.letters import DeadLetter, iso_time
 
 _ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if code not in (10, 9)}
@@ -78,8 +79,8 @@ def _field(key: str, value: object) -> None:
     click.echo(f"{line(key) + ':':18} {line(value)}")
 
 
-def show_letter(letter: DeadLetter) -> None:
-    """All of a letter for a person: the death, the traceback, the message."""
+def show_letter(letter: DeadLetter, state: str | None = None) -> None:
+    """All of a letter for a person: the death, the traceback, the message, its workflow. ``state``: its result's."""
     for key, value in letter.as_dict().items():
         if key != "exception" and value not in (None, ""):
             _field(key, value)
@@ -88,6 +89,10 @@ def show_letter(letter: DeadLetter) -> None:
             _field(key, value)
     if letter.stripped:
         _field("stripped", letter.stripped)
+    for part, text in canvas_of(letter.original).explained():
+        _field(part, text)
+    if state is not None:
+        _field("result state", state)
     body = letter.original.body
     _field("body", f"{len(body)} bytes: {body[:200].decode('utf-8', 'backslashreplace')}")
     if letter.exception:
