@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from fnmatch import fnmatchcase
@@ -192,13 +193,25 @@ class DeadLetters:
         """Queues whose DLQ exists."""
         return self.broker.queues()
 
-    def letters(self, queue: str | None = None, *, limit: int | None = None, **filters: Any) -> Iterator[DeadLetter]:
+    def letters(
+        self, queue: str | None = None, *, limit: int | None = None, newest: bool = False, **filters: Any
+    ) -> Iterator[DeadLetter]:
         """The dead letters of a queue, or of all, oldest first within each queue; nothing is removed.
+
+        ``newest``: the newest first, of all queues together.
 
         Filters (all must hold): ``ids``, ``task``, ``reason``, ``exception``, ``since``, ``until``; see
         `celery_dlx.selection.match`. A letter from Redis has no body here; `get` has.
         """
         matches = selection.match(**filters)
+        if newest:
+            last: list[DeadLetter] = []
+            for name in self._queues(queue):
+                kept: deque[DeadLetter] = deque(maxlen=limit)
+                for _ in self.broker.browse(name, matches.each(kept.append)):
+                    pass
+                last = sorted([*last, *kept], key=lambda letter: letter.died_at)[-(limit or 0) :]
+            return reversed(last)
         found = (letter for name in self._queues(queue) for letter in self.broker.browse(name, matches, limit))
         return islice(found, limit)
 

@@ -74,6 +74,8 @@ def test_listing_filters_and_changes_nothing(worker, broker, queue, dead):
     assert [row.as_dict()["letters"] for row in dead.stats(queue)] == [4]
     died = [letter.died_at for letter in dead.letters(queue)]
     assert died == sorted(died), "oldest first"
+    newest = [letter["id"] for letter in worker.json("list", queue, "--newest", "--limit", "2")]
+    assert newest == [letter.id for letter in dead.letters(queue)][:-3:-1]
 
 
 def test_replay_is_byte_exact_and_says_what_it_changed(worker, broker, queue, dead, tmp_path):

@@ -113,14 +113,15 @@ _FILTERS = (
 
 @command(name="list")
 @click.argument("queue", required=False)
+@click.option("--newest/--oldest", default=False, help="Which come first; with --limit, which are shown.")
 @filters
 @FORCE
 @JSON
 def list_letters(
-    ctx: click.Context, queue: str | None, force: bool, as_json: bool, limit: int | None, **selected: Any
+    ctx: click.Context, queue: str | None, newest: bool, force: bool, as_json: bool, limit: int | None, **selected: Any
 ) -> None:
     """Dead letters of QUEUE, or of all queues, oldest first."""
-    found = dead_letters(ctx).letters(queue, limit=limit, **selected)
+    found = dead_letters(ctx).letters(queue, limit=limit, newest=newest, **selected)
     if as_json:
         for letter in found:
             output.json_line(letter.as_dict())
