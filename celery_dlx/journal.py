@@ -113,6 +113,10 @@ class Record:
             self.ended, self.stopped = False, None
         elif kind == "end":
             self.ended, self.stopped = True, line["stopped"]
+            if line.get("clean"):
+                # Nothing is under way: what did not leave is to be looked for, not taken for gone with us.
+                for entry in self.entries.values():
+                    entry.sending = entry.sending and entry.settled
 
 
 class Journal:

@@ -5,11 +5,11 @@ Nobody's answer is no finding: a replay may well be started before its workers a
 
 from __future__ import annotations
 
-import inspect
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from celery_dlx.app import DeadLetters
@@ -41,6 +41,7 @@ class Fleet:
     """The workers with celery-dlx that answer: which queues they consume, which tasks they know."""
 
     def __init__(self, app: Any) -> None:
+        self._app = app
         self.consumers: dict[str, set[str]] = {}
         self.tasks: dict[str, frozenset[str]] = {}
         try:
@@ -54,6 +55,15 @@ class Fleet:
                 for queue in answer.get("consumes") or ():
                     self.consumers.setdefault(str(queue), set()).add(worker)
 
+    @cached_property
+    def complete(self) -> bool:
+        """Whether no other worker runs: one without celery-dlx, or one that is too busy to tell, may know the task."""
+        try:
+            return {next(iter(reply)) for reply in self._app.control.ping(timeout=_ANSWER)} <= set(self.tasks)
+        except Exception as exc:  # noqa: BLE001
+            logger.debug("no worker could be asked: %s", exc)
+            return False
+
 
 def doubts(dead: DeadLetters, letters: Iterable[DeadLetter], to: str | None = None) -> Iterator[Doubt]:
     """Look at letters before a replay, with their messages. ``to``: the queue they go to, if not their own."""
@@ -62,7 +72,12 @@ def doubts(dead: DeadLetters, letters: Iterable[DeadLetter], to: str | None = No
         return
     for letter in letters:
         queue = to or letter.queue
-        for message, sure in _of_letter(dead.app, fleet, letter, queue):
+        try:
+            found = list(_of_letter(dead.app, fleet, letter, queue))
+        except Exception as exc:  # noqa: BLE001 - a letter may hold anything; that it is odd is no reason to stop
+            logger.debug("letter %s cannot be looked into: %s", letter.id, exc)
+            continue
+        for message, sure in found:
             yield Doubt(letter.id, queue, message, sure)
 
 
@@ -72,10 +87,10 @@ def _of_letter(app: Any, fleet: Fleet, letter: DeadLetter, queue: str) -> Iterat
     if not consumers:
         yield f"no worker that answers consumes queue {queue!r}", False
     if ignorant:
-        sure = ignorant == consumers
+        sure = ignorant == consumers and fleet.complete
         yield f"task {letter.task!r} is not registered on {', '.join(sorted(ignorant))}", sure
     content_type = letter.original.properties.get("content_type")
-    if content_type and content_type not in _accepted(app):
+    if isinstance(content_type, str) and content_type not in _accepted(app):
         yield f"content type {content_type!r} is not accepted (accept_content)", True
     if (problem := _unbound(app, letter)) is not None:
         yield problem, True
@@ -100,9 +115,9 @@ def _unbound(app: Any, letter: DeadLetter) -> str | None:
     if not isinstance(args, list) or not isinstance(kwargs, Mapping):
         return "its arguments are no list and mapping"
     try:
-        inspect.signature(task.run).bind(*args, **kwargs)
+        task.__header__(*args, **kwargs)  # the check that Celery makes when it publishes; it runs nothing of the task
     except TypeError as exc:
         return f"its arguments do not fit {letter.task}: {exc}"
-    except ValueError:
-        return None  # a callable without a signature
+    except AttributeError:
+        return None
     return None

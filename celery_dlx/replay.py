@@ -29,8 +29,8 @@ from celery_dlx.signals import dead_letter_replayed
 
 #: Letters in one line of the journal, and between two looks at what workers report.
 _BATCH = 500
-#: Letters in one line of the journal that says what is being sent.
-_CHUNK = 10_000
+#: Letters that the journal says are being sent before the first of them leaves.
+_AHEAD = 1_000
 #: What a paced replay may make up for, in seconds.
 _BATCH_SECONDS = 0.1
 #: A paced replay reads its DLQ anew after this long, in seconds.
@@ -83,18 +83,20 @@ class Engine:
 
     def run(self) -> Generator[Replayed, None, None]:
         """Replay what is selected and has not left yet; yields each letter that left. What breaks it off is in `error`."""
+        clean = False
         try:
             self.broker.watch(self.record.replay)
             self._look()  # old news
             self._tidy()
             yield from self._run()
+            clean = True
         except (DeadLetterError, AMQPError, KombuError, RedisError, OSError) as exc:
             self.error = exc
             self._stop = (str(exc) or type(exc).__name__).splitlines()[0]
         finally:
             if self._stop is None and self.interrupted():
                 self._stop = "interrupted"
-            self.journal.write("end", stopped=self._stop)
+            self.journal.write("end", stopped=self._stop, clean=clean)
 
     def _run(self) -> Iterator[Replayed]:
         while self.options.canary and not self.record.proven and not self._over():
@@ -138,10 +140,20 @@ class Engine:
 
     def _send_queue(self, queue: str, all_ids: list[str]) -> Iterator[Replayed]:
         ids: set[str] = set()
+        announced: set[str] = set()
+        coming: Iterator[str] = iter(())
+
+        def announce(letter_id: str) -> None:
+            # Only what may be under way when we are killed is taken for gone with us: a few ahead, not all.
+            lot = [letter_id, *islice(coming, _AHEAD)]
+            self.journal.write("sending", letters=lot)
+            announced.update(lot)
 
         def match(letter: DeadLetter) -> bool:
             if letter.id not in ids or not self._paced():
                 return False
+            if letter.id not in announced:
+                announce(letter.id)
             ids.discard(letter.id)  # a duplicate with the same id stays where it is
             return True
 
@@ -156,8 +168,7 @@ class Engine:
                 if self._over():
                     return
                 ids.update(all_ids[start : start + size])
-                for at in range(start, start + len(ids), _CHUNK):
-                    self.journal.write("sending", letters=all_ids[at : min(at + _CHUNK, start + size)])
+                coming = iter(all_ids[start : start + size])
                 for replayed in self.broker.replay(queue, match, len(ids), run):
                     moved.append(replayed.letter.id)
                     self._sent.add(replayed.letter.id)

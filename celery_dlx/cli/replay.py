@@ -57,6 +57,7 @@ def _seconds(ctx: click.Context, option: click.Parameter, value: str | None) -> 
 @click.option("--to", metavar="QUEUE", help="To this queue instead of the one each died in.")
 @click.option("--stop-on-repeat/--no-stop-on-repeat", default=None, help="Stop when a letter dies of the same again.")
 @click.option("--wait", metavar="TIME", callback=_seconds, help="Go on listening this long without news (default 2s).")
+@click.option("--no-preflight", is_flag=True, help="Do not ask workers whether they would execute it.")
 @click.option("--resume", metavar="REPLAY", help="Go on with a replay that was stopped or killed.")
 def replay_letters(
     ctx: click.Context,
@@ -70,6 +71,7 @@ def replay_letters(
     stop_on_repeat: bool | None,
     wait: float | None,
     resume: str | None,
+    no_preflight: bool,
     dry_run: bool,
     yes: bool,
     force: bool,
@@ -107,7 +109,8 @@ def replay_letters(
         if resume is not None:
             engine, locks = dead.resume_replay(resume, hooks, rate=rate, wait=wait)
         else:
-            _preflight(dead, ids, queue, limit, to, force, selected)
+            if not no_preflight:
+                _preflight(dead, ids, queue, limit, to, force, selected)
             options = Options(canary, rate, to, bool(canary) if stop_on_repeat is None else stop_on_repeat)
             options.wait = options.wait if wait is None else wait
             engine, locks = dead.start_replay(ids, queue, limit=limit, options=options, hooks=hooks, **selected)
@@ -153,7 +156,7 @@ def _preflight(
     if sure and not force:
         raise ReplayError(
             f"{len(sure)} of the letters looked at would die again; nothing was replayed. Correct what is said above, "
-            "choose other letters, or insist with --force"
+            "choose other letters, or insist with --no-preflight"
         )
 
 

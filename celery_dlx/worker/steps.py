@@ -9,7 +9,7 @@ import logging
 from contextlib import closing
 from functools import partial
 from typing import Any
-from weakref import ref
+from weakref import proxy, ref
 
 from amqp.exceptions import AMQPError
 from celery import bootsteps
@@ -110,8 +110,8 @@ class Capture(bootsteps.StartStopStep):  # type: ignore[misc]
         if hasattr(channel, "dlx_cover"):
             # Where tasks run in the loop itself, or spawning one waits for a free place, claims must not pile up in it.
             channel.dlx_claims.one_by_one = net.capturer.eager or consumer.hub is None
-            overflow = Overflow(channel, cover_of(consumer.app).policy, consumer.hostname)
-            consumer.timer.call_repeatedly(_TRIM_EVERY, partial(_trim, ref(channel), overflow))
+            channel.dlx_overflow = Overflow(proxy(channel), cover_of(consumer.app).policy, consumer.hostname)
+            consumer.timer.call_repeatedly(_TRIM_EVERY, partial(_trim, ref(channel)))
             # The channel is new after each reconnect; the entry for the one before finds nothing to renew.
             every = max(float(channel.visibility_timeout) / 3, 0.2)
             consumer.timer.call_repeatedly(every, partial(_renew, ref(channel)))
@@ -151,12 +151,12 @@ def _renew(channel_ref: Any) -> None:
         logger.warning("held messages were not renewed: %s", exc)
 
 
-def _trim(channel_ref: Any, overflow: Overflow) -> None:
+def _trim(channel_ref: Any) -> None:
     channel = channel_ref()
     if channel is None or channel.closed or channel.connection is None:
         return
     try:
-        overflow.run()
+        channel.dlx_overflow.run()
     except Exception as exc:  # noqa: BLE001
         logger.warning("max_length was not looked after: %s", exc)
 

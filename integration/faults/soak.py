@@ -43,7 +43,7 @@ def main() -> int:
                 print(json.dumps({"broker": kind, **account.as_dict()}), flush=True)
                 faults.update(account.faults)
                 total.update(messages=account.messages, lost=len(account.lost), wrong=len(account.wrong))
-                total.update(duplicates=account.duplicates)
+                total.update(duplicates=account.duplicates, idle=account.idle)
                 bad += len(account.lost) + len(account.wrong)
         finally:
             broker.stop()
@@ -53,7 +53,7 @@ def main() -> int:
     return 1 if bad else 0
 
 
-_TOTALS = ("messages", "lost", "wrong", "duplicates")
+_TOTALS = ("messages", "lost", "wrong", "duplicates", "idle")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -23,8 +23,14 @@ from workers import Worker
 from celery_dlx import DeadLetters
 from celery_dlx.policy.settings import Policy
 
-#: A killed worker's messages come back after a second or two.
-REDIS_OPTIONS = {"visibility_timeout": 2, "unacked_restore_interval": 1, "unacked_restore_throttle": 1}
+#: A killed worker's messages come back after a second or two. kombu's lock over restoring outlives a worker that is killed
+#: while it holds it, by five minutes if it is not told otherwise.
+REDIS_OPTIONS = {
+    "visibility_timeout": 2,
+    "unacked_restore_interval": 1,
+    "unacked_restore_throttle": 1,
+    "unacked_mutex_expire": 5,
+}
 KILLS = ("kill", "kill_parent", "kill_child")
 FAULTS = (*KILLS, "freeze", "cut", "reset", "stall")
 
@@ -42,6 +48,10 @@ class Account:
     wrong: set[int] = field(default_factory=set)
     #: Executions and letters beyond the first of a message.
     duplicates: int = 0
+    #: Faults that came when all was done.
+    idle: int = 0
+    #: Workers that ended by themselves.
+    ended: int = 0
     seconds: float = 0.0
 
     def as_dict(self) -> dict:
@@ -52,14 +62,17 @@ class Account:
             "lost": len(self.lost),
             "wrong": len(self.wrong),
             "duplicates": self.duplicates,
+            "idle": self.idle,
+            "ended": self.ended,
             "seconds": round(self.seconds, 1),
         }
 
 
 class Storm:
-    """``faults`` faults of ``kinds`` over two workers that share one queue."""
+    """``faults`` faults of ``kinds`` over two workers that share one queue, of tasks that take ``task_seconds``."""
 
-    def __init__(self, broker, queue: str, seed: int, messages: int, faults: int, kinds: tuple[str, ...] = FAULTS) -> None:
+    def __init__(self, broker, queue: str, seed: int, messages: int, faults: int, kinds: tuple[str, ...] = FAULTS,
+                 task_seconds: float = 0.04) -> None:  # fmt: skip
         self.random = random.Random(seed)
         self.broker, self.queue, self.messages = broker, queue, messages
         self.account = Account(seed, messages)
@@ -76,6 +89,7 @@ class Storm:
         options = json.dumps(REDIS_OPTIONS if broker.kind == "redis" else {})
         self.workers = [
             Worker(through, [queue], app="faults.storm_app", policy=policy, DLX_TRANSPORT_OPTIONS=options,
+                   DLX_STORM_TASK=str(task_seconds),
                    arguments=("-c", "2", "-n", f"storm{n}@%h"))
             for n in range(2)
         ]  # fmt: skip
@@ -85,11 +99,14 @@ class Storm:
     def run(self) -> Account:
         began = time.monotonic()
         try:
-            for worker in self.workers:
-                worker.start()  # they declare the queue
+            self.workers[0].start()  # it declares the queue
+            self.workers[0].stop()
             self._publish()
+            for worker in self.workers:
+                worker.start()
             for fault in self.plan:
                 self._progress()
+                self.account.idle += not self._busy()
                 getattr(self, f"_{fault}")(self.random.choice(self.workers))
                 self.account.faults[fault] += 1
             self._settle()
@@ -112,11 +129,23 @@ class Storm:
     def _progress(self) -> None:
         """Until something was done since the last fault, and a little longer, so that faults fall anywhere."""
         before, wanted = self._executions(), self.random.randrange(1, 100)
-        deadline = time.monotonic() + 60
-        while self._executions() < before + wanted and len(self._done()) < self.messages - len(self._bad):
-            assert time.monotonic() < deadline, f"no progress in 60s:\n{self.workers[0].output[-30000:]}"
+        deadline = time.monotonic() + 120
+        while self._executions() < before + wanted and self._busy():
+            self._supervise()
+            assert time.monotonic() < deadline, f"no progress in 120s:\n{self.workers[0].output[-30000:]}"
             time.sleep(0.02)
         threading.Event().wait(self.random.uniform(0, 0.02))
+
+    def _supervise(self) -> None:
+        """A worker that ended by itself is started again, as it would be in production; nothing may be lost by that."""
+        for worker in self.workers:
+            if not worker.alive:
+                self.account.ended += 1
+                print(f"a worker ended by itself:\n{worker.output[-4000:]}")  # pytest shows it if the test fails
+                worker.start(ready=False)
+
+    def _busy(self) -> bool:
+        return len(self._done()) < self.messages - len(self._bad)
 
     def _executions(self) -> int:
         return sum(worker.runs.stat().st_size for worker in self.workers)
@@ -177,11 +206,24 @@ class Storm:
         with Connection(self.broker.url) as connection:
             return connection.default_channel.queue_declare(self.queue, passive=True).message_count
 
+    def _stuck(self) -> object:
+        """For whoever must find out why."""
+        logs = [worker.output[-3000:] for worker in self.workers]
+        if self.broker.kind != "redis":
+            return logs
+        with redis.Redis.from_url(self.broker.url) as client:
+            now = client.time()[0]
+            held = {tag: now - (client.zscore("unacked_index", tag) or 0) for tag in client.hkeys("unacked")}
+            return held, client.keys("*"), [each["cmd"] for each in client.client_list()], *logs
+
     def _settle(self) -> None:
         """Until nothing is left to do; then a lost message shows as one that is nowhere."""
-        wait_for(
-            lambda: not self._waiting() and self._quiet(), lambda: f"{self._waiting()} messages still wait", 180, every=0.5
-        )
+
+        def over() -> bool:
+            self._supervise()
+            return not self._waiting() and self._quiet()
+
+        wait_for(over, lambda: f"{self._waiting()} messages still wait: {self._stuck()}", 180, every=0.5)
 
     def _quiet(self) -> bool:
         """Nothing was executed or dead-lettered for longer than anything may stay unseen."""

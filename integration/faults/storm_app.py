@@ -17,6 +17,8 @@ app.conf.update(
     broker_connection_max_retries=None,
     worker_prefetch_multiplier=2,  # 4 with -c 2
     task_ignore_result=True,
+    # Its exclusive queue may still be locked by the connection before: stock Celery ends with RESOURCE_LOCKED.
+    worker_enable_remote_control=False,
     worker_cancel_long_running_tasks_on_connection_loss=False,
 )
 DeadLetters(app)
@@ -24,7 +26,7 @@ DeadLetters(app)
 
 @app.task(name="storm.work")
 def work(number):
-    time.sleep(0.005)
+    time.sleep(float(os.environ["DLX_STORM_TASK"]))
     with open(os.environ["DLX_RUNS"], "ab", buffering=0) as runs:
         runs.write(b"%d\n" % number)
 

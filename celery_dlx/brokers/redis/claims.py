@@ -350,7 +350,7 @@ class Claims:
         """Learn how often claimed messages came back before; of queues whose messages never did, nothing is asked."""
         for queue in set(queues):
             inbound = [each for each in self._claimed if each.queue == queue]
-            own_tags = [_own_tag(each.item) for each in inbound]
+            own_tags = [own_tag_of(each.item) for each in inbound]
             for each, counts in zip(inbound, self.channel.dlx_deliveries.counts(queue, own_tags), strict=True):
                 each.returns, each.started = counts
 
@@ -407,7 +407,7 @@ class Claims:
         qos = self.channel.qos
         tags = [tag for tag, _ in orphans]
         there = self.channel.dlx_deliveries.present(qos.unacked_key, tags)
-        while orphans:
+        for _ in tags:  # not those that are added meanwhile
             tag, delivered = orphans[0]
             if tag in there:
                 qos.put_back(tag, counted=delivered)
@@ -467,7 +467,7 @@ def _envelope(item: bytes) -> dict[str, Any]:
     return payload
 
 
-def _own_tag(item: bytes) -> str:
+def own_tag_of(item: bytes) -> str:
     try:
         return str(_envelope(item)["properties"]["delivery_tag"])
     except Exception:  # noqa: BLE001 - garbage

@@ -7,6 +7,9 @@ import logging
 from time import monotonic, time
 from typing import Any
 
+import redis
+
+from celery_dlx.brokers.redis.claims import own_tag_of
 from celery_dlx.brokers.redis.letters import original_of
 from celery_dlx.brokers.redis.scripts import load
 from celery_dlx.letters import Death, Reason, compose
@@ -24,22 +27,27 @@ class Overflow:
     def __init__(self, channel: Any, policy: Policy, worker: str | None = None) -> None:
         self._channel, self._policy, self._worker = channel, policy, worker
         self._nonce = f"{channel.dlx_claims.nonce[:-1]}-over:"
-        self._number = 0
+        self._number = self._first = 0
         self._script = load(channel.dlx_deliveries.client, "overflow")
 
     def run(self) -> int:
         """Look at every queue with a ``max_length``; returns how many messages became letters.
 
         Raises:
-            redis.exceptions.RedisError: what was taken and not stored yet is put back over the next connection.
+            redis.exceptions.ConnectionError: what was taken and not stored yet is put back over the next connection.
         """
         moved, deadline = 0, monotonic() + _SPENT
-        for queue, settings in list(self._channel.dlx_queues.items()):
-            while settings.max_length is not None and monotonic() < deadline:
-                found = self._move(queue, settings)
-                moved += found
-                if found < _BATCH:
-                    break
+        queues = list(self._channel.dlx_queues.items())
+        self._first += 1  # each in turn: the first may take all the time there is
+        for queue, settings in queues[self._first % max(len(queues), 1) :] + queues[: self._first % max(len(queues), 1)]:
+            try:
+                while settings.max_length is not None and monotonic() < deadline:
+                    found = self._move(queue, settings)
+                    moved += found
+                    if found < _BATCH:
+                        break
+            except redis.exceptions.ResponseError as exc:
+                logger.warning("max_length of %r was not looked after: %s", queue, exc)
         return moved
 
     def _move(self, queue: str, settings: QueueSettings) -> int:
@@ -48,13 +56,16 @@ class Overflow:
         lists = [prefix + channel._q_for_pri(queue, priority) for priority in channel.priority_steps]
         first = self._number
         self._number += _BATCH
-        items = self._script(
-            [prefix + qos.unacked_key, prefix + qos.unacked_index_key, *lists],
-            [settings.max_length, _BATCH, self._nonce, first, json.dumps(queue)],
-        )
-        tags = [f"{self._nonce}{first + n}" for n in range(1, len(items) + 1)]
+        tags = [f"{self._nonce}{first + n}" for n in range(1, _BATCH + 1)]
         try:
-            letters = [(self._letter(queue, item), settings, qos.entry(tag)) for item, tag in zip(items, tags, strict=True)]
+            items = self._script(
+                [prefix + qos.unacked_key, prefix + qos.unacked_index_key, *lists],
+                [settings.max_length, _BATCH, self._nonce, first, json.dumps(queue)],
+            )
+            letters = [
+                (self._letter(queue, item), settings, qos.entry(tag), own_tag_of(item))
+                for item, tag in zip(items, tags, strict=False)
+            ]
             channel.dlx_store.capture_deliveries(letters)
         except Exception:
             channel.dlx_claims.orphaned(tags, delivered=False)

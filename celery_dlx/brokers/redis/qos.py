@@ -21,6 +21,8 @@ logger = logging.getLogger("celery_dlx")
 
 #: Our delivery tags start so; any other in `unacked` is a stock worker's.
 TAG = "dlx-"
+#: Deliveries that were never started count as one.
+_WITHOUT_START = 4
 #: Between the item and the queue of an entry. The queue's own quotes are escaped, so the last one in an entry is this.
 _SEPARATOR = b', "", "'
 
@@ -71,7 +73,8 @@ class QoS(stock.QoS):  # type: ignore[misc]
         delivery.deliveries = max(returns, int(flagged)) + 1
         if returns > 1:
             # Of the first return nobody knows whether it had been started; noting every start would cost every task.
-            delivery.blamed = min(returns, inbound.started + 1) + 1
+            # What kills a worker before the start can be noted is poison all the same, a little later.
+            delivery.blamed = max(min(returns, inbound.started + 1) + 1, (returns + 1) // _WITHOUT_START)
         if returns:
             delivery.on_started = partial(self._note_start, delivery)
         if delivery.redelivered:

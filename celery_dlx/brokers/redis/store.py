@@ -98,19 +98,19 @@ class LetterStore:
             if isinstance(answer, Exception):
                 self.capture(letter, settings, item=item)  # by itself: it may have to be forced
 
-    def capture_deliveries(self, letters: Sequence[tuple[DeadLetter, QueueSettings, tuple[str, str, str]]]) -> None:
-        """Store letters by moving their deliveries (unacked key, index key and tag), in one round trip; see `capture`."""
+    def capture_deliveries(self, letters: Sequence[tuple[DeadLetter, QueueSettings, tuple[str, str, str], str]]) -> None:
+        """Store letters by moving their deliveries (unacked key, index key and tag; own tag), in one round trip."""
         pipe = self.client.pipeline(transaction=False)
-        for letter, settings, (unacked, index, tag) in letters:
+        for letter, settings, (unacked, index, tag), own_tag in letters:
             keys = [*self.keys(letter.queue), self.prefix + unacked, self.prefix + index]
             keys.append(deliveries_key(self.prefix, letter.queue))
             caps = [settings.dlq_max_length, int(settings.dlq_max_age * 1000), settings.dlq_max_bytes or 0]
             self._scripts["capture"](
-                keys=keys, args=[letter.id, to_json(letter), letter.reason, *caps, "", tag, ""], client=pipe
+                keys=keys, args=[letter.id, to_json(letter), letter.reason, *caps, "", tag, own_tag], client=pipe
             )
-        for (letter, settings, delivery), answer in zip(letters, pipe.execute(raise_on_error=False), strict=True):
+        for (letter, settings, delivery, own_tag), answer in zip(letters, pipe.execute(raise_on_error=False), strict=True):
             if isinstance(answer, Exception):
-                self.capture(letter, settings, delivery=delivery)  # by itself: it may have to be forced
+                self.capture(letter, settings, delivery=delivery, own_tag=own_tag)  # by itself: it may have to be forced
 
     def pages(self, queue: str, *, bodies: bool) -> Iterator[tuple[str, float, bytes | None, bytes | None]]:
         """Id, score, record and (if asked for) payload of each letter, oldest first.
