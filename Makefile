@@ -58,10 +58,10 @@ unit: $(VENV)/.dev
 integration: $(VENV)/.dev
 	$(BIN)/python -m pytest integration
 
-# The matrix and the conformance suite on the oldest Celery we support.
+# The matrix, the conformance suite, how Redis messages are taken and a storm on the oldest Celery we support.
 oldest: $(OLDEST)/.dev
 	$(OLDEST)/bin/python -m pytest tests
-	$(OLDEST)/bin/python -m pytest integration -k "test_matrix or test_conformance or test_settings"
+	$(OLDEST)/bin/python -m pytest integration -k "test_matrix or test_conformance or test_settings or test_redis_claims or test_storm"
 
 test: unit integration oldest
 
