@@ -119,6 +119,25 @@ def test_an_interrupted_wait_for_canaries_ends():
     assert (record.stopped, pressed, record.summary()["left"]) == ("interrupted", [2], 2)
 
 
+def test_what_others_took_after_an_orderly_end_was_not_replayed():
+    broker = Lists(letters(10), None)
+    record = run(broker, Options(wait=0), interrupted=lambda: len(broker.queue) >= 3)
+    assert (record.summary()["replayed"], record.stopped) == (3, "interrupted")
+    del broker.dlq[2:]  # somebody discarded, or holds, all but two
+    summary = again(broker, record.replay).summary()
+    assert (summary["replayed"], summary["left"]) == (5, 5)
+
+
+def test_after_a_kill_only_what_was_about_to_leave_is_taken_for_gone_with_us():
+    broker = Lists(letters(3_000), None)
+    broker.fail_at = 5  # the fifth left, and nobody came to note it
+    record = run(broker)
+    del broker.dlq[:]
+    summary = again(broker, record.replay).summary()
+    assert 4 <= summary["replayed"] <= 1_001
+    assert summary["replayed"] + summary["left"] == 3_000
+
+
 def test_a_failure_of_another_kind_does_not_stop_it():
     broker = Lists(letters(3), "failed")
     record = run(broker, Options(stop_on_repeat=False, wait=0))
