@@ -458,7 +458,8 @@ class Claims:
 
 def lost_master(exc: Exception) -> Exception:
     """A failover made our server a replica: whoever connects anew finds the new master."""
-    return redis.exceptions.ConnectionError(f"the server became a read-only replica: {exc}")
+    lost: Exception = redis.exceptions.ConnectionError(f"the server became a read-only replica: {exc}")
+    return lost
 
 
 def _envelope(item: bytes) -> dict[str, Any]:
