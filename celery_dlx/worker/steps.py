@@ -83,7 +83,7 @@ class Capture(bootsteps.StartStopStep):  # type: ignore[misc]
         super().__init__(consumer, **kwargs)
         # Here and not in `start`: Tasks.start builds strategies and hands the hooks to the task consumer.
         self.net: Net | None = None
-        self._timer: Any = None
+        self._timers: list[Any] = []
         cover = cover_of(consumer.app)
         capturer = make_capturer(cover, consumer.app, consumer.hostname)
         if capturer is None:
@@ -102,21 +102,20 @@ class Capture(bootsteps.StartStopStep):  # type: ignore[misc]
         if net is None:
             return
         net.capturer.open()
-        if self._timer is not None:
-            # A loop that ended took its timers with it (5.6 all, 5.7 those added since): begin anew.
-            consumer.timer.cancel(self._timer)
-            self._timer = None
+        # A loop that ended took its timers with it, or did not (5.6 all, 5.7 those added since, 5.5 none): begin anew.
+        for entry in self._timers:
+            consumer.timer.cancel(entry)
+        repeat = consumer.timer.call_repeatedly
+        self._timers = []
         channel = consumer.task_consumer.channel
         if hasattr(channel, "dlx_cover"):
             # Where tasks run in the loop itself, or spawning one waits for a free place, claims must not pile up in it.
             channel.dlx_claims.one_by_one = net.capturer.eager or consumer.hub is None
             channel.dlx_overflow = Overflow(proxy(channel), cover_of(consumer.app).policy, consumer.hostname)
-            consumer.timer.call_repeatedly(_TRIM_EVERY, partial(_trim, ref(channel)))
-            # The channel is new after each reconnect; the entry for the one before finds nothing to renew.
             every = max(float(channel.visibility_timeout) / 3, 0.2)
-            consumer.timer.call_repeatedly(every, partial(_renew, ref(channel)))
+            self._timers += [repeat(every, partial(_renew, ref(channel))), repeat(_TRIM_EVERY, partial(_trim, ref(channel)))]
         if net.capturer.stores_on_reject:
-            self._timer = consumer.timer.call_repeatedly(_RETRY_EVERY, lambda: net.capturer.flush(0))
+            self._timers.append(repeat(_RETRY_EVERY, lambda: net.capturer.flush(0)))
 
     def register_with_event_loop(self, consumer: Any, hub: Any) -> None:
         if self.net is not None:
