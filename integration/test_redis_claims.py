@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import signal
+from dataclasses import replace
 
 import pytest
 import redis
@@ -13,7 +15,8 @@ from servers import wait_for
 from workers import Worker
 
 from celery_dlx import DeadLetters
-from celery_dlx.policy.settings import Policy
+from celery_dlx.brokers.redis.overflow import Overflow
+from celery_dlx.policy.settings import BUILT_IN, Policy
 
 POLICY = "version: 1\n"
 LATE = "version: 1\ndefaults: {acks_late: true}\n"
@@ -203,3 +206,41 @@ def test_queues_take_turns(redis_server, queue, client):
     names = [message.headers["task"] for message in consumer.got]
     assert names.count("quiet") == 2
     consumer.close()
+
+
+@pytest.fixture
+def overflow(consumer):
+    return Overflow(consumer.channel, Policy())
+
+
+def test_an_overflow_that_is_sent_twice_takes_no_more(redis_server, queue, client, consumer, overflow):
+    """As redis-py does with kombu's `retry_on_timeout`, when an answer is lost."""
+    for _ in range(30):
+        Sender(redis_server.url).task(queue)
+    keys, arguments = ["unacked", "unacked_index", queue], [10, 100, "dlx-twice:", 0, json.dumps(queue)]
+    first, second = overflow._script(keys, arguments), overflow._script(keys, arguments)
+    assert len(first) == 20 and first == second
+    assert client.llen(queue) == 10
+    for number in range(1, 21):
+        consumer.channel.qos.put_back(f"dlx-twice:{number}", counted=False)
+    assert client.llen(queue) == 30
+
+
+def test_an_overflow_whose_answer_is_lost_comes_back(redis_server, queue, client, consumer, overflow):
+    for _ in range(6):
+        Sender(redis_server.url).task(queue)
+    run = overflow._script
+
+    def lose(*args):
+        run(*args)
+        raise redis.exceptions.ConnectionError("the answer is lost")
+
+    overflow._script = lose
+    with pytest.raises(redis.exceptions.ConnectionError):
+        overflow._move(queue, replace(BUILT_IN, max_length=2))
+    assert client.llen(queue) == 2, "the fault happened"
+    consumer.drain(lambda: len(consumer.got) == 4)
+    for message in consumer.got:
+        message.ack()
+    consumer.drain(lambda: len(consumer.got) == 6)
+    assert all(message.dlx.deliveries == 1 for message in consumer.got), "nobody had been given them"
