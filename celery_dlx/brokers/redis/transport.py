@@ -18,11 +18,12 @@ import redis
 from kombu.transport import redis as stock
 from kombu.utils.encoding import bytes_to_str
 
-from celery_dlx.brokers.redis.claims import Claims, Poller
+from celery_dlx.brokers.redis.claims import Claims
 from celery_dlx.brokers.redis.deliveries import Deliveries
 from celery_dlx.brokers.redis.letters import parse_item
 from celery_dlx.brokers.redis.qos import TAG, Inbound, QoS
 from celery_dlx.brokers.redis.store import LetterStore
+from celery_dlx.brokers.redis.waiting import Poller
 from celery_dlx.letters import DeadLetter
 from celery_dlx.policy.settings import Policy, QueueSettings
 
