@@ -6,6 +6,7 @@ Apps know them by name only (`TOPOLOGY`, `CAPTURE` in `celery_dlx.app`): a produ
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from typing import Any
@@ -113,7 +114,11 @@ class Capture(bootsteps.StartStopStep):  # type: ignore[misc]
             channel.dlx_claims.one_by_one = net.capturer.eager or consumer.hub is None
             channel.dlx_overflow = Overflow(proxy(channel), cover_of(consumer.app).policy, consumer.hostname)
             every = max(float(channel.visibility_timeout) / 3, 0.2)
-            self._timers += [repeat(every, partial(_renew, ref(channel))), repeat(_TRIM_EVERY, partial(_trim, ref(channel)))]
+            for seconds, work, failure in (
+                (every, lambda held: held.qos.renew(), "held messages were not renewed"),
+                (_TRIM_EVERY, lambda held: held.dlx_overflow.run(), "max_length was not looked after"),
+            ):
+                self._timers.append(repeat(seconds, partial(_tend, ref(channel), work, failure)))
         if net.capturer.stores_on_reject:
             self._timers.append(repeat(_RETRY_EVERY, lambda: net.capturer.flush(0)))
 
@@ -139,25 +144,15 @@ class Capture(bootsteps.StartStopStep):  # type: ignore[misc]
         self.net.capturer.close()
 
 
-def _renew(channel_ref: Any) -> None:
-    """Renew a channel's deliveries; errors are for the consumer to meet, which reads from the same server."""
+def _tend(channel_ref: Any, work: Callable[[Any], Any], failure: str) -> None:
+    """Timed work on a channel that may be gone; errors are for the consumer to meet, which reads from the same server."""
     channel = channel_ref()
     if channel is None or channel.closed or channel.connection is None:
         return
     try:
-        channel.qos.renew()
+        work(channel)
     except Exception as exc:  # noqa: BLE001
-        logger.warning("held messages were not renewed: %s", exc)
-
-
-def _trim(channel_ref: Any) -> None:
-    channel = channel_ref()
-    if channel is None or channel.closed or channel.connection is None:
-        return
-    try:
-        channel.dlx_overflow.run()
-    except Exception as exc:  # noqa: BLE001
-        logger.warning("max_length was not looked after: %s", exc)
+        logger.warning("%s: %s", failure, exc)
 
 
 def make_capturer(cover: BrokerCover, app: Any, hostname: str) -> Capturer | None:

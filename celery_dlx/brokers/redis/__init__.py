@@ -6,7 +6,7 @@ Keys, each behind the transport's `global_keyprefix`:
 - ``dlx:{<dlq>}:payloads``: id → the message as it lay in its list, byte for byte;
 - ``dlx:{<dlq>}:records``: id → the record of its death, as JSON, so that listing never reads payloads;
 - ``dlx:{<dlq>}:stats``: counters (captured, replayed, discarded, evicted_…, bytes);
-- ``dlx:{<queue>}:deliveries``: a message's delivery tag → how often it went back to its list;
+- ``dlx:{<queue>}:deliveries``: a message's delivery tag → how often it went back to its list, and started since;
 - ``dlx:queues``: source queue → DLQ, of every queue a worker or producer declared.
 
 The Lua rules: never encode a payload (empty arrays would become objects, numbers lose digits), only move its bytes;
