@@ -4,6 +4,7 @@
 #   make demo BROKER=amqp://…   the same on a real broker
 #   make test                   all tests, on private brokers it starts itself, on the newest and the oldest Celery
 #   make soak                   workers are killed, frozen and cut off for hours while every message is accounted for
+#   make fuzz                   messages and letters that nobody should send, each accounted for
 #   make check                  linters, types, import rules and pure tests, in under a minute
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +12,7 @@ OLDEST := .venvs/oldest
 BIN := $(VENV)/bin
 BROKER ?=
 
-.PHONY: demo test check lint types imports unit integration oldest coverage soak bench schema clean
+.PHONY: demo test check lint types imports unit integration oldest coverage soak fuzz bench schema clean
 .DEFAULT_GOAL := check
 
 # Without ensurepip (Debian's python3 lacks python3-venv) a venv has no pip: say what to install.
@@ -55,13 +56,17 @@ imports: $(VENV)/.dev
 unit: $(VENV)/.dev
 	$(BIN)/python -m pytest tests
 
+# Two at a time, each with brokers of its own: most of the time is spent waiting for processes. A file stays together;
+# the storms, which take longest, come first.
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
+
 integration: $(VENV)/.dev
-	$(BIN)/python -m pytest integration
+	$(BIN)/python -m pytest integration $(TWO)
 
 # The matrix, the conformance suite, how Redis messages are taken and a storm on the oldest Celery we support.
 oldest: $(OLDEST)/.dev
 	$(OLDEST)/bin/python -m pytest tests
-	$(OLDEST)/bin/python -m pytest integration -k "test_matrix or test_conformance or test_settings or test_redis_claims or test_storm"
+	$(OLDEST)/bin/python -m pytest integration $(TWO) -k "test_matrix or test_conformance or test_settings or test_redis_claims or in_a_storm"
 
 test: unit integration oldest
 
@@ -73,6 +78,10 @@ coverage: $(VENV)/.dev
 # Hours: storms with seeds of their own; SOAK="--rounds 2 --only redis" for less.
 soak: $(VENV)/.dev
 	$(BIN)/python integration/faults/soak.py $(SOAK)
+
+# Messages and letters that nobody should send; FUZZ="--messages 20000 --seed N --only redis".
+fuzz: $(VENV)/.dev
+	$(BIN)/python integration/faults/fuzz.py $(FUZZ)
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/run.py

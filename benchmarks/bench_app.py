@@ -5,7 +5,9 @@ from __future__ import annotations
 import mmap
 import os
 import struct
+import time
 
+import redis
 from celery import Celery
 from kombu import Exchange, Queue
 
@@ -14,7 +16,7 @@ MODE = os.environ.get("BENCH_MODE", "stock")
 
 app = Celery("bench", broker=os.environ["BENCH_BROKER"])
 app.conf.update(
-    worker_prefetch_multiplier=32,  # 64 with -c 2
+    worker_prefetch_multiplier=int(os.environ.get("BENCH_PREFETCH", "32")),  # 64 with -c 2
     task_default_queue="bench",
     task_ignore_result=True,
     worker_enable_remote_control=False,
@@ -22,6 +24,10 @@ app.conf.update(
     broker_connection_retry_on_startup=True,
     task_acks_late=os.environ.get("BENCH_LATE") == "1",
 )
+if os.environ.get("BENCH_VISIBILITY"):
+    # The throttle (kombu 5.7): a look for overdue messages that finds another's under way is made again soon.
+    visibility = {"visibility_timeout": float(os.environ["BENCH_VISIBILITY"]), "unacked_restore_throttle": 1}
+    app.conf.broker_transport_options = visibility
 if MODE == "recipe":
     app.conf.update(task_acks_late=True, task_acks_on_failure_or_timeout=False)
     if "task_acks_on_failure" in app.conf:
@@ -38,6 +44,7 @@ if MODE == "dlx":
 
 
 _slots: list[mmap.mmap] = []
+_clients: list[redis.Redis] = []
 
 
 def count() -> None:
@@ -60,3 +67,17 @@ def ok(number):
 def fail(number):
     count()
     raise ValueError(f"number {number} cannot be processed")
+
+
+@app.task
+def stamp(number):
+    """Tell when this task started, by a clock that all processes of the machine share."""
+    started = time.monotonic()
+    if not _clients:
+        _clients.append(redis.Redis.from_url(os.environ["BENCH_REDIS"]))
+    _clients[0].rpush("bench.starts", f"{number} {started!r}")
+
+
+@app.task
+def slow(payload):
+    time.sleep(3600)

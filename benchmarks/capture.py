@@ -45,6 +45,10 @@ class RabbitMQBench:
                 channel.queue_declare("bench.dlq", durable=True, auto_delete=False, arguments={"x-queue-type": "quorum"})
                 channel.queue_bind("bench.dlq", "bench.dlx", QUEUE)
 
+    def delete(self, queue: str) -> None:
+        with Connection(self.url) as connection:
+            connection.default_channel.queue_delete(queue)
+
     def depth(self, queue: str) -> int:
         with Connection(self.url) as connection:
             try:
@@ -74,7 +78,7 @@ class RedisBench:
         return self.client.zcard("dlx:{bench.dlq}")
 
 
-def run(url: str, mode: str, task: str, messages: int, late: bool) -> float:
+def run(url: str, mode: str, task: str, messages: int, late: bool, pool: str = "prefork") -> float:
     """Messages per second of one worker over one preloaded queue."""
     bench = RabbitMQBench(url) if url.startswith("amqp") else RedisBench(url)
     bench.reset(mode)
@@ -98,7 +102,7 @@ def run(url: str, mode: str, task: str, messages: int, late: bool) -> float:
         return sum(struct.unpack(f"{SLOTS}Q", counter.read_bytes()))
 
     expected = messages if task == "fail" and mode != "stock" else 0
-    command = [sys.executable, "-m", "celery", "-A", "bench_app", "worker", "-c", "2", "-l", "CRITICAL"]
+    command = [sys.executable, "-m", "celery", "-A", "bench_app", "worker", "-c", "2", "-P", pool, "-l", "CRITICAL"]
     command += ["--without-gossip", "--without-mingle", "--without-heartbeat", "-Q", QUEUE]
     with open(home / "log", "wb") as log:
         worker = subprocess.Popen(command, env=env, cwd=HERE, stdout=log, stderr=log)

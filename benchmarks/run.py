@@ -21,6 +21,8 @@ def main() -> None:
     finally:
         for broker in brokers:
             broker.stop()
+    for script in ("transport.py", "letters.py"):  # they start what they need
+        subprocess.run([sys.executable, str(HERE / script)], check=True)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from fnmatch import fnmatchcase
@@ -147,9 +146,13 @@ class DeadLetters:
             kind = connect().transport.driver_type
             # Clients are imported when they are needed: importing celery_dlx must stay cheap.
             if kind == "amqp":
+                from celery_dlx.brokers.rabbitmq.frames import tolerant
                 from celery_dlx.brokers.rabbitmq.store import RabbitMQBroker
 
-                broker = RabbitMQBroker(connect, self.policy, self.known_queues, management_url(self.policy))
+                options = tolerant(self.app.conf.broker_transport_options)
+                broker = RabbitMQBroker(
+                    lambda: connect(transport_options=options), self.policy, self.known_queues, management_url(self.policy)
+                )
                 broker.insist = self.insist
                 self._broker = broker
             elif kind == "redis":
@@ -194,33 +197,56 @@ class DeadLetters:
         return self.broker.queues()
 
     def letters(
-        self, queue: str | None = None, *, limit: int | None = None, newest: bool = False, **filters: Any
+        self,
+        queue: str | None = None,
+        *,
+        limit: int | None = None,
+        newest: bool = False,
+        after: str | None = None,
+        **filters: Any,
     ) -> Iterator[DeadLetter]:
         """The dead letters of a queue, or of all, oldest first within each queue; nothing is removed.
 
-        ``newest``: the newest first, of all queues together.
+        ``newest``: the newest first, of all queues together. ``after``: what comes after the letter with this id, such as
+        the last one of the page before; what came or left meanwhile makes no difference.
 
         Filters (all must hold): ``ids``, ``task``, ``reason``, ``exception``, ``since``, ``until``; see
         `celery_dlx.selection.match`. A letter from Redis has no body here; `get` has.
+
+        Raises:
+            UnknownLetterError: there is no letter with the id given as ``after``.
         """
-        matches = selection.match(**filters)
+        matches, names = selection.match(**filters), self._queues(queue)
+        pages = {name: matches.page(newest=newest) for name in names}
+        if after is not None:
+            home, died_at = self._locate(after, names)
+            earlier = names[: names.index(home)]
+            if newest:  # all queues together: of what died at once, that of earlier queues was seen already
+                pages = {name: matches.page(newest=True, last=died_at - (name in earlier)) for name in names}
+            else:
+                pages = {name: page for name, page in pages.items() if name not in earlier}
+            pages[home] = matches.page(newest=newest, after=after, died_at=died_at)
         if newest:
-            last: list[DeadLetter] = []
-            for name in self._queues(queue):
-                kept: deque[DeadLetter] = deque(maxlen=limit)
-                for _ in self.broker.browse(name, matches.each(kept.append)):
-                    pass
-                last = sorted([*last, *kept], key=lambda letter: letter.died_at)[-(limit or 0) :]
-            return reversed(last)
-        found = (letter for name in self._queues(queue) for letter in self.broker.browse(name, matches, limit))
-        return islice(found, limit)
+            found = [letter for name, page in pages.items() for letter in self.broker.browse(name, page, limit)]
+            return islice(sorted(found, key=lambda letter: -letter.died_at), limit)
+        return islice((letter for name, page in pages.items() for letter in self.broker.browse(name, page, limit)), limit)
+
+    def _locate(self, letter_id: str, names: list[str]) -> tuple[str, int]:
+        for name in names:
+            if (letter := self.broker.get(name, letter_id)) is not None:
+                return name, letter.died_at
+        raise self._unknown([letter_id], None)
 
     def groups(self, queue: str | None = None, **filters: Any) -> list[Group]:
         """The letters of a queue, or of all, by cause: the largest group first. Filters as for `letters`."""
         groups = Groups()
-        matches = selection.match(**filters).each(groups.add)
+        matches = selection.match(**filters)
         for name in self._queues(queue):
-            for _ in self.broker.browse(name, matches):
+            found = self.broker.groups(name, matches)
+            if found is not None:
+                groups.merge(found)
+                continue
+            for _ in self.broker.browse(name, matches.each(groups.add)):
                 pass
         return groups.sorted()
 
@@ -243,6 +269,10 @@ class DeadLetters:
         return start(self.broker, self.broker_name, names, letters, text, options or Options(), **(hooks or {}))
 
     def _chosen(self, queue: str, matches: selection.Selection, limit: int | None) -> Iterator[Chosen]:
+        known = self.broker.select(queue, matches)
+        if known is not None:
+            yield from islice((Chosen(letter_id, fingerprint) for letter_id, fingerprint in known), limit)
+            return
         if limit is not None:
             yield from (Chosen(letter.id, letter.fingerprint) for letter in self.broker.browse(queue, matches, limit))
             return

@@ -6,10 +6,11 @@ import json
 import operator
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from celery_dlx.errors import UsageError
-from celery_dlx.letters import DeadLetter, Original
+from celery_dlx.letters import DeadLetter, Original, clip
 
 Condition = Callable[[DeadLetter], bool]
 
@@ -41,6 +42,30 @@ def arguments_of(original: Original) -> tuple[Any, Any] | None:
     if isinstance(body, Mapping):
         return body.get("args", []), body.get("kwargs", {})
     return None
+
+
+def with_arguments(original: Original, args: Any, kwargs: Any) -> Original:
+    """The same JSON message with other arguments.
+
+    Raises:
+        RecursionError: they are nested too deep to be written again.
+    """
+    body, headers, properties = json.loads(original.body), dict(original.headers), dict(original.properties)
+    if isinstance(body, list):
+        body[0], body[1] = args, kwargs
+    else:
+        body["args"], body["kwargs"] = args, kwargs
+    for key, value in (("argsrepr", args), ("kwargsrepr", kwargs)):
+        if key in headers:
+            headers[key] = short_repr(value)
+    if properties.get("content_encoding"):
+        properties["content_encoding"] = "utf-8"  # JSON may come in others; what is written here is ASCII
+    return replace(original, body=json.dumps(body).encode(), headers=headers, properties=properties, raw=b"", parsed=None)
+
+
+def short_repr(value: Any) -> str:
+    """As Celery puts arguments into headers: at most 1,024 characters."""
+    return clip(repr(value), 1024)
 
 
 def argument(text: str) -> Condition:
@@ -94,6 +119,15 @@ def _condition(path: str, sign: str, text: str) -> Condition:
             return False
 
     return holds
+
+
+def steps_of(path: str) -> list[str | int]:
+    """``kwargs.items[0].id`` as ``["kwargs", "items", 0, "id"]``; empty if it is no path."""
+    parts = _PATH.fullmatch(path)
+    if parts is None:
+        return []
+    steps = _STEP.finditer(parts["steps"])
+    return [parts["root"], *(step["name"] if step["name"] is not None else int(step["index"]) for step in steps)]
 
 
 def _look_up(path: str, arguments: tuple[Any, Any]) -> Any:

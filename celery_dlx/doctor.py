@@ -14,6 +14,7 @@ from redis.exceptions import RedisError
 
 from celery_dlx.app import DeadLetters
 from celery_dlx.errors import BrokerUnreachableError, DeadLetterError, PolicyError
+from celery_dlx.policy.settings import NEARLY_FULL, fill
 from celery_dlx.topology.findings import CRITICAL, INFO, WARNING
 
 OK = "ok"
@@ -62,6 +63,7 @@ def examine(dead: DeadLetters) -> Iterator[Check]:
         yield check
     yield from _guarded("settings", lambda: _settings(dead, kind))
     if reachable:
+        yield from _guarded("retention", lambda: _retention(dead))
         yield from _guarded("workers", lambda: _workers(dead))
 
 
@@ -228,6 +230,19 @@ def _settings(dead: DeadLetters, kind: str) -> Iterator[Check]:
         )
     if not found:
         yield Check("settings", OK, "limits, acknowledgement and prefetch do not contradict each other")
+
+
+def _retention(dead: DeadLetters) -> Iterator[Check]:
+    nearly = False
+    for row in dead.stats():
+        settings = dead.policy.settings(row.queue)
+        full = fill(settings, row.letters, row.extra.get("bytes")) if settings is not None else 0.0
+        if full >= NEARLY_FULL:
+            nearly = True
+            message = f"{row.dlq} holds {row.letters} letters, {full:.0%} of what it may: soon each new one costs the oldest"
+            yield Check("retention", WARNING, message, f"celery -A APP dlx export {row.queue} FILE")
+    if not nearly:
+        yield Check("retention", OK, f"no DLQ is fuller than {NEARLY_FULL:.0%} of its caps")
 
 
 def _workers(dead: DeadLetters) -> Iterator[Check]:

@@ -42,6 +42,15 @@ class Entry:
     #: Said to be about to leave; said to have left.
     sending: bool = False
     settled: bool = False
+    #: It failed of something else than before.
+    differently: bool = False
+
+    @property
+    def outcome(self) -> str:
+        """What became of it: succeeded, failed the same way or differently, waiting (no news), left."""
+        if self.state == "failed":
+            return "failed_differently" if self.differently else "failed_the_same"
+        return {"replayed": "waiting", "succeeded": "succeeded"}.get(self.state, "left")
 
 
 @dataclass
@@ -99,6 +108,7 @@ class Record:
                 # Workers may be faster than we are: a letter that has come to its end is not merely replayed.
                 if line["state"] not in ("replayed", "gone") or entry.state not in ("succeeded", "failed"):
                     entry.state = line["state"]
+                    entry.differently = letter_id in line.get("differently", ())
         elif kind == "sending":
             for letter_id in line["letters"]:
                 if letter_id in self.entries:
@@ -156,7 +166,7 @@ class QueueLocks:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._files = []
         for queue in sorted(set(queues)):
-            name = blake2b(f"{broker}\0{queue}".encode(), digest_size=12).hexdigest()
+            name = blake2b(f"{broker}\0{queue}".encode("utf-8", "surrogatepass"), digest_size=12).hexdigest()
             with _explained(folder):
                 file = os.fdopen(os.open(folder / name, os.O_CREAT | os.O_RDWR, 0o600), "r+", encoding="utf-8")
             self._files.append(file)

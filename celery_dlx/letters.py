@@ -15,11 +15,15 @@ from celery_dlx.fingerprints import fingerprint
 
 #: The one header that carries the record of a death (RabbitMQ) and the lineage of a replayed message (both).
 HEADER = "x-celery-dlx"
+#: Header with the bytes of properties that could not be decoded (RabbitMQ).
+UNDECODED = "x-dlx-undecoded-properties"
 RECORD_VERSION = 1
 
 #: Longest traceback kept, in characters; the tail is kept, where the cause stands.
 MAX_TRACEBACK = 16_384
 MAX_MESSAGE = 2_048
+#: Earlier deaths that a message's lineage tells of.
+MAX_DEATHS = 10
 #: A body larger than this, in bytes, is not parsed to find an old-protocol task's name.
 _MAX_PARSED_BODY = 65_536
 
@@ -65,8 +69,9 @@ class Original:
     routing_key: str = ""
     #: Tells apart two messages that are alike in everything (Redis: the publish's delivery tag).
     identity: str = ""
-    #: The whole message as the broker holds it, where that is one piece of bytes (Redis).
+    #: The whole message as the broker holds it, where that is one piece of bytes (Redis), and what it was parsed to.
     raw: bytes = b""
+    parsed: dict[str, Any] | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass
@@ -107,6 +112,12 @@ class DeadLetter:
     service: str | None = None
     fingerprint: str = ""
     replays: int = 0
+    #: Earlier deaths of the message, the oldest first: ``id``, ``reason``, ``fingerprint`` and ``died_at`` of each.
+    deaths: list[dict[str, Any]] = field(default_factory=list)
+    #: The body it had, if its message was edited.
+    edited: bytes | None = None
+    #: Paths of arguments that were blanked when it was stored.
+    redacted: list[str] = field(default_factory=list)
     #: Properties that had to leave the message so that it can rest in a queue, and come back at replay.
     stripped: dict[str, Any] = field(default_factory=dict)
 
@@ -161,6 +172,10 @@ class DeadLetter:
             record["exception"] = self.exception
         if self.stripped:
             record["stripped"] = self.stripped
+        if self.redacted:
+            record["redacted"] = self.redacted
+        if self.deaths:
+            record["deaths"] = self.deaths
         return record
 
 
@@ -168,7 +183,7 @@ def compose(death: Death, original: Original, dlq: str) -> DeadLetter:
     """Make the letter of a death. Never raises on account of what the message holds."""
     fields = describe(original)
     lineage = original.headers.get(HEADER)
-    replays = _whole(lineage.get("replays"), 0) if isinstance(lineage, Mapping) else 0
+    replays = whole(lineage.get("replays"), 0) if isinstance(lineage, Mapping) else 0
     exception = None
     if death.exception_type is not None:
         exception = {"type": death.exception_type, "message": death.message, "traceback": death.traceback}
@@ -185,6 +200,7 @@ def compose(death: Death, original: Original, dlq: str) -> DeadLetter:
         service=death.service,
         fingerprint=fingerprint(death.reason, fields["task"], death.exception_type, death.traceback),
         replays=replays,
+        deaths=_deaths(lineage),
         **fields,
     )
 
@@ -221,8 +237,8 @@ def describe(original: Original) -> dict[str, Any]:
         source = _parsed_body(original)
     args, kwargs = source.get("argsrepr"), source.get("kwargsrepr")
     if old:
-        args = args or (repr(source["args"]) if "args" in source else None)
-        kwargs = kwargs or (repr(source["kwargs"]) if "kwargs" in source else None)
+        args = args or (_repr(source["args"]) if "args" in source else None)
+        kwargs = kwargs or (_repr(source["kwargs"]) if "kwargs" in source else None)
     return {
         "task": text_or_none(source.get("task")),
         "task_id": text_or_none(source.get("id")),
@@ -230,8 +246,15 @@ def describe(original: Original) -> dict[str, Any]:
         "parent_id": text_or_none(source.get("parent_id")),
         "args": text_or_none(args),
         "kwargs": text_or_none(kwargs),
-        "retries": _whole(source.get("retries"), 0),
+        "retries": whole(source.get("retries"), 0),
     }
+
+
+def _repr(value: object) -> str:
+    try:
+        return repr(value)
+    except RecursionError:
+        return "<nested too deeply>"
 
 
 def _is_json(original: Original) -> bool:
@@ -253,26 +276,48 @@ def exception_record(death: Mapping[str, Any] | None) -> dict[str, str] | None:
     return {key: str(death.get(key) or "") for key in ("type", "message", "traceback")}
 
 
-def read_record(record: Mapping[str, Any], original: Original, dlq: str) -> DeadLetter:
-    """Make the letter that a stored record tells of. Unknown keys are ignored, missing ones get defaults."""
-    fields = describe(original)
-    stripped = record.get("stripped")
+def read_record(
+    record: Mapping[str, Any], original: Original, dlq: str, described: dict[str, Any] | None = None
+) -> DeadLetter:
+    """Make the letter that a stored record tells of. Unknown keys are ignored, missing ones get defaults.
+
+    ``described``: what the message says of its task, where it was not read.
+    """
+    fields = describe(original) if described is None else described
+    stripped, redacted = record.get("stripped"), record.get("redacted")
     return DeadLetter(
         id=str(record.get("id") or ""),
         queue=str(record.get("queue") or ""),
         dlq=dlq,
         reason=str(record.get("reason") or ""),
-        died_at=_whole(record.get("died_at"), 0),
+        died_at=whole(record.get("died_at"), 0),
         original=original,
-        deliveries=_whole(record.get("deliveries"), 1),
+        deliveries=whole(record.get("deliveries"), 1),
         exception=exception_record(record.get("exception")),
         worker=text_or_none(record.get("worker")),
         service=text_or_none(record.get("service")),
         fingerprint=str(record.get("fingerprint") or ""),
-        replays=_whole(record.get("replays"), 0),
+        replays=whole(record.get("replays"), 0),
+        redacted=[text for text in redacted if isinstance(text, str)] if isinstance(redacted, list) else [],
+        deaths=_deaths(record) or _deaths(original.headers.get(HEADER)),
         stripped=dict(stripped) if isinstance(stripped, Mapping) else {},
         **fields,
     )
+
+
+def _deaths(lineage: object) -> list[dict[str, Any]]:
+    """The earlier deaths that a message's lineage or a letter's record tells of; anybody may have written it."""
+    found = lineage.get("deaths") if isinstance(lineage, Mapping) else None
+    if not isinstance(found, list):
+        return []
+    return [
+        {
+            **{key: safe_text(death.get(key) or "", 64) for key in ("id", "reason", "fingerprint")},
+            "died_at": whole(death.get("died_at"), 0),
+        }
+        for death in found[-MAX_DEATHS:]
+        if isinstance(death, Mapping)
+    ]
 
 
 def read_broker_death(headers: Mapping[str, Any], original: Original, dlq: str, source: str) -> DeadLetter:
@@ -296,7 +341,7 @@ def read_broker_death(headers: Mapping[str, Any], original: Original, dlq: str, 
     if "original-expiration" in newest:
         letter.stripped["expiration"] = str(newest["original-expiration"])
     if not letter.task_id:  # nothing but the death itself to derive a stable id from
-        digest = blake2b(f"{death.queue}\0{reason}\0{died_at}\0".encode(), digest_size=16)
+        digest = blake2b(f"{death.queue}\0{reason}\0{died_at}\0".encode("utf-8", "surrogatepass"), digest_size=16)
         digest.update(original.body)
         letter.id = digest.hexdigest()
     return letter
@@ -341,5 +386,6 @@ def text_or_none(value: object) -> str | None:
     return None if value is None else safe_text(value)
 
 
-def _whole(value: object, default: int) -> int:
+def whole(value: object, default: int) -> int:
+    """A stored number; the default for what is none."""
     return value if isinstance(value, int) and not isinstance(value, bool) else default

@@ -15,6 +15,7 @@ from typing import Any
 from celery_dlx.app import DeadLetters
 from celery_dlx.arguments import arguments_of
 from celery_dlx.letters import DeadLetter
+from celery_dlx.redaction import BLANK, is_blank
 
 logger = logging.getLogger("celery_dlx")
 
@@ -69,6 +70,11 @@ def doubts(dead: DeadLetters, letters: Iterable[DeadLetter], to: str | None = No
     """Look at letters before a replay, with their messages. ``to``: the queue they go to, if not their own."""
     fleet = Fleet(dead.app)
     if not fleet.tasks:
+        for letter in letters:
+            yield from (Doubt(letter.id, to or letter.queue, message, sure) for message, sure in _redacted(letter))
+            # What was edited is ours to check: nobody sent such a message yet.
+            if letter.edited is not None and (problem := _unbound(dead.app, letter)) is not None:
+                yield Doubt(letter.id, to or letter.queue, problem, True)
         return
     for letter in letters:
         queue = to or letter.queue
@@ -82,6 +88,7 @@ def doubts(dead: DeadLetters, letters: Iterable[DeadLetter], to: str | None = No
 
 
 def _of_letter(app: Any, fleet: Fleet, letter: DeadLetter, queue: str) -> Iterator[tuple[str, bool]]:
+    yield from _redacted(letter)
     consumers = fleet.consumers.get(queue, set())
     ignorant = {worker for worker in consumers if letter.task and letter.task not in fleet.tasks[worker]}
     if not consumers:
@@ -97,6 +104,12 @@ def _of_letter(app: Any, fleet: Fleet, letter: DeadLetter, queue: str) -> Iterat
     eta = letter.original.headers.get("eta")
     if isinstance(eta, str) and eta > time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime()):
         yield f"it waits for its eta, {eta}", False
+
+
+def _redacted(letter: DeadLetter) -> Iterator[tuple[str, bool]]:
+    if is_blank(letter):
+        paths = ", ".join(letter.redacted)
+        yield f"{paths} were blanked when it was stored, its task would get {BLANK!r}; give them with --edit", True
 
 
 def _accepted(app: Any) -> set[str]:

@@ -7,6 +7,7 @@ duplicates of at most one window, recognisable by their lineage.
 
 from __future__ import annotations
 
+import base64
 import getpass
 import json
 import socket
@@ -22,9 +23,10 @@ from kombu.exceptions import KombuError
 from redis.exceptions import RedisError
 
 from celery_dlx.brokers.base import Broker, Replayed, Run
-from celery_dlx.errors import DeadLetterError, UsageError
+from celery_dlx.errors import DeadLetterError, ReplayError, UsageError
 from celery_dlx.journal import Entry, Journal, QueueLocks, Record, read_record
 from celery_dlx.letters import DeadLetter
+from celery_dlx.selection import Selection, match
 from celery_dlx.signals import dead_letter_replayed
 
 #: Letters in one line of the journal, and between two looks at what workers report.
@@ -52,6 +54,8 @@ class Options:
     stop_on_repeat: bool = False
     wait: float = 2.0
     patience: float = CANARY_PATIENCE
+    #: A JSON Patch over the arguments; see `celery_dlx.editing.Edit`.
+    edit: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -118,7 +122,7 @@ class Engine:
             if entry.sending and not entry.settled and entry.state in ("succeeded", "failed"):
                 over.setdefault(entry.queue, set()).add(entry.id)
         for queue, ids in over.items():
-            for _ in self.broker.discard(queue, lambda letter, ids=ids: letter.id in ids, len(ids)):  # type: ignore[misc]
+            for _ in self.broker.discard(queue, match(ids=ids), len(ids)):
                 pass
 
     def _send_canaries(self, count: int) -> Iterator[Replayed]:
@@ -133,10 +137,16 @@ class Engine:
         wanted: dict[str, list[Entry]] = {}
         for entry in entries:
             wanted.setdefault(entry.queue, []).append(entry)
+        refused: ReplayError | None = None
         for queue, chosen in wanted.items():
             if self._over():
-                return
-            yield from self._send_queue(queue, [entry.id for entry in chosen])
+                break
+            try:
+                yield from self._send_queue(queue, [entry.id for entry in chosen])
+            except ReplayError as exc:  # letters that cannot go must not hold up other queues, now and at each resume
+                refused = refused or exc
+        if refused is not None:
+            raise refused
 
     def _send_queue(self, queue: str, all_ids: list[str]) -> Iterator[Replayed]:
         ids: set[str] = set()
@@ -159,7 +169,7 @@ class Engine:
 
         rate = self.options.rate
         batch = max(1, min(_BATCH, int(rate / 10))) if rate else _BATCH
-        run = Run(self.record.replay, self.options.to, batch, lambda: bool(ids), self._over)
+        run = Run(self.record.replay, self.options.to, batch, lambda: bool(ids), self._editor(), self._over)
         # A paced replay looks anew now and then: RabbitMQ takes letters back that are held for half an hour.
         size = max(1, int(rate * _LOOK_ANEW)) if rate else len(all_ids)
         moved: list[str] = []
@@ -169,7 +179,8 @@ class Engine:
                     return
                 ids.update(all_ids[start : start + size])
                 coming = iter(all_ids[start : start + size])
-                for replayed in self.broker.replay(queue, match, len(ids), run):
+                chosen = Selection(match, ids=all_ids[start : start + size])
+                for replayed in self.broker.replay(queue, chosen, len(ids), run):
                     moved.append(replayed.letter.id)
                     self._sent.add(replayed.letter.id)
                     dead_letter_replayed.send(sender=None, letter=replayed.letter, queue=replayed.queue)
@@ -181,6 +192,20 @@ class Engine:
                 ids.clear()
         finally:
             self._moved(moved)
+
+    def _editor(self) -> Callable[[DeadLetter], None] | None:
+        if self.options.edit is None:
+            return None
+        from celery_dlx.editing import Edit  # few replays edit
+
+        edit = Edit(self.options.edit)
+
+        def change(letter: DeadLetter) -> None:
+            edit.apply(letter)
+            # Before it leaves: whatever happens, what the producer sent can be read here.
+            self.journal.write("edited", letter=letter.id, body=base64.b64encode(letter.edited or b"").decode())
+
+        return change
 
     def _gone(self, ids: set[str]) -> None:
         """Letters that were selected, and are not seen in their DLQ any more.
@@ -225,16 +250,22 @@ class Engine:
         """Take in what workers reported, a page of it."""
         reports = self.broker.outcomes(self.record.replay)
         by_state: dict[str, list[str]] = {}
+        differently: list[str] = []
         for report in reports:
             entry = self.record.entries.get(str(report.get("of")))
             if entry is None or report.get("state") not in ("succeeded", "failed"):
                 continue
             by_state.setdefault(report["state"], []).append(entry.id)
-            again = report["state"] == "failed" and report.get("fingerprint") == entry.fingerprint and entry.id in self._sent
+            same = report.get("fingerprint") == entry.fingerprint
+            if report["state"] == "failed" and not same:
+                differently.append(entry.id)
+            again = report["state"] == "failed" and same and entry.id in self._sent
             if again and self.options.stop_on_repeat and self._stop is None and self._in_state("selected"):
                 self._stop = f"the same failure came back (letter {entry.id})"
         for state, ids in by_state.items():
-            self.journal.write("state", state=state, letters=ids)
+            self.journal.write(
+                "state", state=state, letters=ids, **({"differently": differently} if state == "failed" else {})
+            )
         if reports:
             self._heard = time.monotonic()
             self.on_progress(self.record)

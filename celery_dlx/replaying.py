@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from typing import Any
 
-from celery_dlx.letters import HEADER, DeadLetter, Reason
+from celery_dlx.letters import HEADER, MAX_DEATHS, DeadLetter, Reason
 
-#: Headers the broker wrote on the way to the DLQ. Left in, they make RabbitMQ's cycle detection drop the message
-#: silently at its next death (seen on 3.10.8), or carry a spent delivery count.
 #: An id of a replay, as `celery_dlx.replay.start` makes them.
 _REPLAY = re.compile(r"[0-9a-f]{12}")
+#: A longer body, in bytes, is kept in the journal of the replay that edited it only.
+_IN_LINEAGE = 4096
 #: How long reports are kept, in seconds.
 REPORT_SECONDS = 86_400
+#: Headers the broker wrote on the way to the DLQ. Left in, they make RabbitMQ's cycle detection drop the message
+#: silently at its next death (seen on 3.10.8), or carry a spent delivery count.
 BROKER_HEADERS = (
     "x-death",
     "x-first-death-exchange",
@@ -46,6 +49,12 @@ def revive_headers(
         changes.append(f"expires {headers['expires']} dropped: it is past")
         headers["expires"] = None
     headers[HEADER] = {"replays": min(max(letter.replays, 0), 1_000_000) + 1, "last": letter.id, "died_of": letter.reason}
+    this = {"id": letter.id, "reason": letter.reason, "fingerprint": letter.fingerprint, "died_at": letter.died_at}
+    headers[HEADER]["deaths"] = [*letter.deaths, this][-MAX_DEATHS:]
+    if letter.edited is not None:
+        kept = base64.b64encode(letter.edited).decode() if len(letter.edited) <= _IN_LINEAGE else ""
+        headers[HEADER]["edited"] = {"bytes": len(letter.edited), "body": kept}
+        changes.append("arguments edited")
     if replay is not None:
         headers[HEADER]["replay"] = replay
     return headers, changes

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from datetime import datetime, timedelta, timezone
+from collections.abc import Callable, Collection, Iterable, Mapping
+from copy import copy
+from datetime import datetime, timezone
 from fnmatch import fnmatchcase
 from time import time
 from typing import Any
@@ -16,10 +17,34 @@ from celery_dlx.policy.durations import parse_duration
 
 
 class Selection:
-    """A test of letters. ``bodies``: it looks into messages, which Redis reads only if somebody wants them."""
+    """A test of letters, and what a broker with an index may know of it beforehand."""
 
-    def __init__(self, matches: Callable[[DeadLetter], bool], *, bodies: bool = False) -> None:
-        self._matches, self.bodies = matches, bodies
+    def __init__(
+        self,
+        matches: Callable[[DeadLetter], bool],
+        *,
+        bodies: bool = False,
+        ids: Collection[str] | None = None,
+        cause: Callable[[DeadLetter], bool] | None = None,
+        first: int | None = None,
+        last: int | None = None,
+        causes_only: bool = False,
+    ) -> None:
+        self._matches = matches
+        #: It looks into messages, which Redis reads only if somebody wants them.
+        self.bodies = bodies
+        #: Only these can match; a list is in the order of their deaths.
+        self.ids = ids
+        #: Tests what letters of one fingerprint have in common: where it fails for one, all of them fail.
+        self.cause = cause
+        #: Only what died between these can match, in milliseconds since the epoch.
+        self.first, self.last = first, last
+        #: Nothing else is asked: all letters of a fingerprint match, or none.
+        self.causes_only = causes_only
+        #: The newest come first; only what comes after this letter, which died then, is meant.
+        self.newest = False
+        self.after: str | None = None
+        self.after_died = 0
 
     def __call__(self, letter: DeadLetter) -> bool:
         return self._matches(letter)
@@ -32,7 +57,23 @@ class Selection:
                 visit(letter)
             return False
 
-        return Selection(note, bodies=self.bodies)
+        return self._with(note)
+
+    def _with(self, matches: Callable[[DeadLetter], bool]) -> Selection:
+        other = copy(self)
+        other._matches = matches
+        return other
+
+    def page(
+        self, *, newest: bool = False, after: str | None = None, died_at: int = 0, last: int | None = None
+    ) -> Selection:
+        """The same, read from the other end, or from a letter on; not what died later than ``last``."""
+        other = copy(self)
+        other.newest, other.after, other.after_died = newest, after, died_at
+        if last is not None:
+            other.last = last if self.last is None else min(self.last, last)
+            other._matches = lambda letter: letter.died_at <= last and self._matches(letter)
+        return other
 
 
 def match(
@@ -68,15 +109,20 @@ def match(
     first, last = moment(since, "since"), moment(until, "until")
     conditions = [argument(each) for each in arguments or ()] + [condition(each) for each in where or ()]
 
+    def cause(letter: DeadLetter) -> bool:
+        return (
+            (task is None or fnmatchcase(letter.task or "", task))
+            and (reason is None or letter.reason == reason)
+            and (exception is None or _is_type(letter, exception))
+            and (fingerprint is None or letter.fingerprint == fingerprint)
+        )
+
     def matches(letter: DeadLetter) -> bool:
         return (
             (wanted is None or letter.id in wanted)
-            and (task is None or fnmatchcase(letter.task or "", task))
-            and (reason is None or letter.reason == reason)
-            and (exception is None or _is_type(letter, exception))
+            and cause(letter)
             and (first is None or letter.died_at >= first)
             and (last is None or letter.died_at <= last)
-            and (fingerprint is None or letter.fingerprint == fingerprint)
             and (task_id is None or letter.task_id == task_id)
             and (root_id is None or letter.root_id == root_id)
             and (worker is None or fnmatchcase(letter.worker or "", worker))
@@ -84,7 +130,17 @@ def match(
             and all(holds(letter) for holds in conditions)
         )
 
-    return Selection(matches, bodies=bodies or bool(conditions))
+    common = None if task is reason is exception is fingerprint is None else cause
+    single = (wanted, first, last, task_id, root_id, worker, text, conditions or None)
+    return Selection(
+        matches,
+        bodies=bodies or bool(conditions),
+        ids=wanted,
+        cause=common,
+        first=first,
+        last=last,
+        causes_only=all(condition is None for condition in single),
+    )
 
 
 #: Fields of an exported letter that restoring needs, whichever broker it is from.
@@ -126,8 +182,7 @@ def moment(value: datetime | float | str | None, label: str) -> int | None:
 
 def age(milliseconds: int) -> str:
     """How long ago something was, for people: ``3m``, ``5h``, ``12d``."""
-    passed = timedelta(seconds=max(time() - milliseconds / 1000, 0))
-    seconds = int(passed.total_seconds())
+    seconds = max(int(time()) - milliseconds // 1000, 0)
     for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
         if seconds >= length:
             return f"{seconds // length}{unit}"

@@ -24,6 +24,7 @@ app.conf.update(
     worker_hijack_root_logger=True,
     result_expires=3600,
     broker_transport_options=json.loads(os.environ.get("DLX_TRANSPORT_OPTIONS", "{}")),
+    worker_pool_restarts=True,
 )
 for _name in ("task_acks_on_failure", "task_acks_on_timeout"):
     if os.environ.get("DLX_NO_ACK_ON_FAILURE") == "1" and _name in app.conf:
@@ -131,6 +132,13 @@ def hard():
 def sleeps(seconds):
     note("sleeps")
     time.sleep(seconds)
+
+
+@app.task
+def naps(key, seconds):
+    """Notes that it is done, not that it began."""
+    time.sleep(seconds)
+    note(f"naps {key}")
 
 
 @app.task

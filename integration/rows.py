@@ -114,6 +114,7 @@ ROWS = [
     both("expired", raw(expires="2020-01-01T00:00:00+00:00"), "expired"),
     both("old_protocol", protocol_1(), "failure"),
     both("old_protocol_args", protocol_1(args=5), "malformed"),
+    both("old_protocol_timelimit", protocol_1(timelimit=[1, 2, 3]), "malformed"),
     both("old_protocol_without_id", lambda s, q: s.message(
         q, b'{"task": "matrix_app.ok"}', {}, "application/json", "utf-8", {}), "malformed"),
     # what only a Redis list can hold
@@ -127,6 +128,7 @@ ROWS = [
     both("item_headers_list", item(
         b'{"body": "", "headers": [1], "properties": {"delivery_tag": "x", "delivery_info": {}}}'),
         "malformed", only="redis"),
+    both("odd_tag_of_a_returned_one", raw(properties={"delivery_tag": "\ud800"}, redelivered=True), ALIVE, only="redis"),
     both("item_empty", item(b""), "malformed", only="redis"),
 ]  # fmt: skip
 

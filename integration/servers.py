@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import fcntl
+import json
 import os
 import shutil
 import signal
@@ -10,7 +13,11 @@ import socket
 import subprocess
 import tempfile
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
+
+import redis
 
 RABBITMQ = "/usr/lib/rabbitmq/bin/rabbitmq-server"
 _REMEDY = (
@@ -50,14 +57,17 @@ def install(package: str, variable: str, what: str) -> None:
     if shutil.which("apt-get") is None or os.geteuid() != 0:
         raise RuntimeError(_REMEDY.format(what=what, package=package, variable=variable))
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    log = subprocess.run(
-        f"apt-get update -qq && apt-get install -y -qq --no-install-recommends {package}",
-        shell=True,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    # Tests run two at a time: the second waits for the first, and then finds it installed.
+    with open(Path(tempfile.gettempdir()) / "dlx-install.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        log = subprocess.run(
+            f"apt-get update -qq && apt-get install -y -qq --no-install-recommends {package}",
+            shell=True,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
     if log.returncode:
         raise RuntimeError(_REMEDY.format(what=what, package=package, variable=variable) + "\n" + log.stderr[-2000:])
 
@@ -88,14 +98,34 @@ class Redis:
         return f"redis://127.0.0.1:{self.port}/0"
 
     def start(self) -> Redis:
+        return self.run()
+
+    def run(self) -> Redis:
+        """Start it on what data it has."""
         if shutil.which("redis-server") is None:
             install("redis-server", "REDIS", "redis-server")
         command = ["redis-server", "--bind", "127.0.0.1", "--port", str(self.port), "--dir", str(self.home)]
         command += ["--save", "", "--appendonly", "yes", *self.arguments]
         log = open(self.home / "log", "ab")  # noqa: SIM115 - the child keeps it
         self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-        wait_for(lambda: is_listening(self.port), lambda: (self.home / "log").read_text()[-2000:])
+        wait_for(self._answers, lambda: (self.home / "log").read_text()[-2000:])
         return self
+
+    def _answers(self) -> bool:
+        """Not while it reads its data."""
+        try:
+            with redis.Redis.from_url(self.url) as client:
+                return bool(client.ping())
+        except redis.exceptions.AuthenticationError:
+            return True  # it wants a password, so it is there
+        except redis.exceptions.ConnectionError:
+            return False
+
+    def crash(self) -> None:
+        """SIGKILL; `run` goes on with what is on disk."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait(20)
 
     def stop(self) -> None:
         if self.process is not None:
@@ -174,6 +204,24 @@ class RabbitMQ:
             os.killpg(self.process.pid, signal.SIGTERM)
         self.process.wait(60)
         wait_for(lambda: not is_listening(self.port), "RabbitMQ stopped listening")
+
+    def crash(self) -> None:
+        """SIGKILL the node; `run` goes on with what is on disk."""
+        assert self.process is not None
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(20)
+        wait_for(lambda: not is_listening(self.port), "RabbitMQ stopped listening")
+
+    def alarms(self) -> set[str]:
+        """What the node says it is short of: memory, disk space."""
+        request = urllib.request.Request(f"{self.management_url}/api/health/checks/local-alarms")
+        request.add_header("Authorization", "Basic " + base64.b64encode(b"guest:guest").decode())
+        try:
+            with urllib.request.urlopen(request, timeout=30):
+                return set()
+        except urllib.error.HTTPError as exc:
+            assert exc.code == 503, exc
+            return {alarm["resource"] for alarm in json.load(exc)["alarms"]}
 
     def ctl(self, *arguments: str) -> str:
         command = [RABBITMQ.replace("rabbitmq-server", "rabbitmqctl"), "-n", self.node, *arguments]

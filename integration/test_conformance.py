@@ -78,6 +78,27 @@ def test_listing_filters_and_changes_nothing(worker, broker, queue, dead):
     assert newest == [letter.id for letter in dead.letters(queue)][:-3:-1]
 
 
+def test_pages_are_stable_while_letters_come_and_go(worker, broker, queue, dead):
+    kill_some(worker, broker, queue, 12)
+    ids = [letter.id for letter in dead.letters(queue)]
+    for newest, wanted in ((False, ids), (True, ids[::-1])):
+        seen = []
+        while page := worker.json(
+            "list", queue, "--limit", "5", *["--newest"] * newest, *(["--after", seen[-1]] if seen else [])
+        ):
+            seen += [letter["id"] for letter in page]
+            assert len(page) <= 5
+        assert seen == wanted, newest
+    first = [letter.id for letter in dead.letters(queue, limit=4)]
+    list(dead.discard(first[:3]))
+    assert [letter.id for letter in dead.letters(queue, limit=4, after=first[-1])] == ids[4:8]
+    assert [letter.id for letter in dead.letters(queue, task="matrix_app.f*", after=ids[6], newest=True)] == ids[3:6][::-1]
+    with pytest.raises(UnknownLetterError):
+        dead.letters(queue, after=first[0])
+    gone = worker.cli("list", queue, "--after", first[0], check=False)
+    assert gone.returncode == 1 and "Traceback" not in gone.stderr
+
+
 def test_replay_is_byte_exact_and_says_what_it_changed(worker, broker, queue, dead, tmp_path):
     fixed = tmp_path / "fixed"
     body = b'[["' + str(fixed).encode() + b'", "\\u00fc 1.10 []"], {}, {"callbacks": null, "chain": []}]'

@@ -28,7 +28,7 @@ def test_what_dies_again_is_refused(worker, letters):
     assert done.returncode == 1
     assert "'matrix_app.no_such_task' is not registered on" in done.stderr
     assert "its arguments do not fit matrix_app.add: " in done.stderr
-    assert "2 of the letters looked at would die again; nothing was replayed" in done.stderr
+    assert "2 of the letters looked at would die again, or cannot be edited; nothing was replayed" in done.stderr
     assert len(worker.letters("preflight")) == 3
     assert worker.json("history") == []
 

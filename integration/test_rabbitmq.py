@@ -14,6 +14,7 @@ from servers import wait_for
 from workers import Worker, environment
 
 from celery_dlx import DeadLetters
+from celery_dlx.letters import UNDECODED
 from celery_dlx.policy.settings import Policy
 
 
@@ -157,6 +158,25 @@ def test_the_dlq_deleted_at_run_time_is_made_again(rabbitmq, queue, channel):
         assert "was returned by the broker" in worker.output, "the fault happened"
 
 
+@pytest.mark.parametrize("late", ["1", ""])
+def test_properties_that_cannot_be_decoded(rabbitmq, queue, channel, late):
+    with Worker(rabbitmq.url, [queue], policy="version: 1\n", DLX_LATE=late) as worker:
+        sender, pid = Sender(rabbitmq.url), worker.process.pid
+        bad = [{"content_type": b"\xff\xfe"}, {"correlation_id": b"\xc3"}, {"content_type": b"\xff", "body": b""}]
+        for properties in bad:
+            body = properties.pop("body", b"bytes \xff")
+            channel.basic_publish_confirm(amqp.Message(body, priority=3, **properties), "", queue)
+        sender.task(queue, "matrix_app.fail")
+        letters = worker.wait_letters(queue, 4)
+        reasons = [letter["reason"] for letter in letters]
+        assert reasons.count("failure") == 1 and set(reasons) <= {"failure", "malformed", "undecodable"}, reasons
+        assert worker.alive and worker.process.pid == pid
+        whole = [worker.dead.get(letter["id"], queue).original for letter in letters if letter["reason"] != "failure"]
+        assert sorted(original.body for original in whole) == [b"", b"bytes \xff", b"bytes \xff"]
+        assert all(set(original.headers) == {UNDECODED} for original in whole), "what could not be read is kept"
+        assert worker.cli("show", letters[0]["id"], "--queue", queue, check=False).returncode == 0
+
+
 def test_the_exchange_deleted_at_run_time_is_made_again(rabbitmq, queue, channel):
     policy = f"version: 1\ntopology: {{exchange: {queue}.x}}\n"
     with Worker(rabbitmq.url, [queue], policy=policy) as worker:
@@ -206,3 +226,29 @@ def test_a_dlx_that_may_not_be_declared_stops_the_worker_with_one_line(limited_u
     assert "Traceback" not in worker.output
     with pytest.raises(amqp.exceptions.NotFound):
         channel.queue_declare(queue, passive=True)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "utf-16", "utf-16-le", "utf-7"])
+def test_a_body_keeps_its_bytes_whatever_encoding_it_names(rabbitmq, queue, encoding):
+    """py-amqp decodes bodies; encoded again they need not be the same."""
+    body = '[["\u00e9"], {}, null]'.encode(encoding)
+    if encoding == "utf-16":
+        body = body[2:]  # without the byte order mark that Python would write
+    with Worker(rabbitmq.url, [queue], policy="version: 1\n") as worker:
+        Sender(rabbitmq.url).task(queue, "matrix_app.fail", body=body, encoding=encoding)
+        (letter,) = worker.wait_letters(queue, 1)
+        assert worker.ran() == ["fail \u00e9"], "Celery still gets it decoded"
+        assert worker.dead.get(letter["id"], queue).original.body == body
+
+
+def test_a_message_that_py_amqp_cannot_decode_lies_in_a_dlq(rabbitmq, queue, channel):
+    with Worker(rabbitmq.url, [queue], policy="version: 1\n") as worker:
+        Sender(rabbitmq.url).task(queue, "matrix_app.fail")
+        worker.wait_letters(queue, 1)
+        odd = amqp.Message(b"[]", content_type=b"\xff\xfe")
+        channel.basic_publish(odd, exchange="", routing_key=f"{queue}.dlq")
+        wait_for(lambda: worker.dead.stats(queue)[0].letters == 2, "it lies in the DLQ")
+        (other,) = [letter for letter in worker.letters(queue) if letter["reason"] == "malformed"]
+        assert worker.cli("export", queue, "-").stdout.count("\n") == 2
+        assert worker.cli("discard", queue, other["id"], "--yes").returncode == 0
+        assert [letter["reason"] for letter in worker.letters(queue)] == ["failure"]

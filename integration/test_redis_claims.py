@@ -15,7 +15,8 @@ from servers import wait_for
 from workers import Worker
 
 from celery_dlx import DeadLetters
-from celery_dlx.brokers.redis.overflow import Overflow
+from celery_dlx.brokers.redis.capture import RedisCapturer
+from celery_dlx.brokers.redis.limits import Limits
 from celery_dlx.policy.settings import BUILT_IN, Policy
 
 POLICY = "version: 1\n"
@@ -210,7 +211,7 @@ def test_queues_take_turns(redis_server, queue, client):
 
 @pytest.fixture
 def overflow(consumer):
-    return Overflow(consumer.channel, Policy())
+    return Limits(consumer.channel, Policy())
 
 
 def test_an_overflow_that_is_sent_twice_takes_no_more(redis_server, queue, client, consumer, overflow):
@@ -218,29 +219,60 @@ def test_an_overflow_that_is_sent_twice_takes_no_more(redis_server, queue, clien
     for _ in range(30):
         Sender(redis_server.url).task(queue)
     keys, arguments = ["unacked", "unacked_index", queue], [10, 100, "dlx-twice:", 0, json.dumps(queue)]
-    first, second = overflow._script(keys, arguments), overflow._script(keys, arguments)
+    first, second = overflow._overflow(keys, arguments), overflow._overflow(keys, arguments)
     assert len(first) == 20 and first == second
     assert client.llen(queue) == 10
     for number in range(1, 21):
-        consumer.channel.qos.put_back(f"dlx-twice:{number}", counted=False)
+        consumer.channel.qos.put_back([f"dlx-twice:{number}"], counted=False)
     assert client.llen(queue) == 30
 
 
 def test_an_overflow_whose_answer_is_lost_comes_back(redis_server, queue, client, consumer, overflow):
     for _ in range(6):
         Sender(redis_server.url).task(queue)
-    run = overflow._script
+    run = overflow._overflow
 
     def lose(*args):
         run(*args)
         raise redis.exceptions.ConnectionError("the answer is lost")
 
-    overflow._script = lose
+    overflow._overflow = lose
     with pytest.raises(redis.exceptions.ConnectionError):
-        overflow._move(queue, replace(BUILT_IN, max_length=2))
+        overflow._too_many(queue, replace(BUILT_IN, max_length=2), [queue])
     assert client.llen(queue) == 2, "the fault happened"
     consumer.drain(lambda: len(consumer.got) == 4)
     for message in consumer.got:
         message.ack()
     consumer.drain(lambda: len(consumer.got) == 6)
     assert all(message.dlx.deliveries == 1 for message in consumer.got), "nobody had been given them"
+
+
+@pytest.fixture
+def capturer(consumer):
+    return RedisCapturer(lambda: consumer.connection, Policy())
+
+
+def test_acknowledgements_that_redis_refuses_keep_no_credit(redis_server, queue, client, consumer, capturer):
+    """For want of replicas, or with a disk that is full: else the worker would be without credit for good."""
+    for _ in range(8):
+        Sender(redis_server.url).task(queue)
+    consumer.drain(lambda: len(consumer.got) == 4)
+    client.config_set("min-replicas-to-write", 1)
+    try:
+        capturer.acknowledge(list(consumer.got))
+        assert len([entry for entry in client.hvals("unacked") if queue.encode() in entry]) == 4, "the fault happened"
+    finally:
+        client.config_set("min-replicas-to-write", 0)
+    consumer.drain(lambda: len(consumer.got) == 8)
+    assert sum(message.dlx.deliveries == 2 for message in consumer.got[4:]) == 4, "those come again, and are counted"
+
+
+def test_what_waits_to_be_acknowledged_is_not_put_back_when_its_channel_closes(
+    redis_server, queue, client, consumer, capturer
+):
+    for _ in range(3):
+        Sender(redis_server.url).task(queue)
+    consumer.drain(lambda: len(consumer.got) == 3)
+    consumer.channel.dlx_settle = lambda: capturer.acknowledge(consumer.got[:2])
+    consumer.channel.close()
+    assert client.llen(queue) == 1

@@ -90,6 +90,8 @@ def test_the_hour(worker, broker, queue, fixed):
     assert first["by"]
     assert "fingerprint" in first["selection"]
     assert first["started"] < second["started"]
+    outcomes = Counter(line["outcome"] for line in worker.json("history", stopped["replay"]))
+    assert outcomes == {"succeeded": 36, "failed_the_same": 4}
 
 
 def test_killed_again_and_again(worker, broker, queue, fixed):

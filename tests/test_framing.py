@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import struct
 from datetime import datetime, timezone
 from decimal import Decimal
+from types import SimpleNamespace
 
 import amqp
 import pytest
@@ -13,7 +15,9 @@ from amqp.spec import Basic
 from hypothesis import given
 from hypothesis import strategies as st
 
-from celery_dlx.brokers.rabbitmq.framing import HeadersTooLargeError, encode_table, publish_frames
+from celery_dlx.brokers.rabbitmq.frames import tolerant_frame_handler
+from celery_dlx.brokers.rabbitmq.framing import HeadersTooLargeError, encode_properties, encode_table, publish_frames
+from celery_dlx.letters import UNDECODED
 
 
 class Shouting(str):
@@ -97,3 +101,36 @@ def test_headers_that_do_not_fit_a_frame_are_refused_before_anything_is_written(
     message = amqp.Message(b"{}", application_headers={"long": "x" * 9000})
     with pytest.raises(HeadersTooLargeError, match="the frame holds 8184"):
         publish_frames(1, message, "", "q", 8192)
+
+
+def test_headers_that_py_amqp_cannot_decode():
+    got, raised = [], []
+
+    def callback(channel, method, arguments, message):
+        got.append(message)
+        if raised:
+            raise raised.pop()
+
+    on_frame = tolerant_frame_handler(SimpleNamespace(bytes_recv=0), callback)
+    deliver = Basic.Deliver
+
+    def receive(properties: bytes, body: bytes = b"body"):
+        on_frame((1, 1, struct.pack(">HH", *deliver)))
+        on_frame((2, 1, struct.pack(">HHQ", 60, 0, len(body)) + properties))
+        if body:
+            on_frame((3, 1, body))
+        return got[-1]
+
+    good = encode_properties({"content_type": "text/plain", "application_headers": {"a": 1}}, amqp.Message.PROPERTIES)
+    assert receive(good).properties == {"content_type": "text/plain", "application_headers": {"a": 1}}
+    for bad in (good.replace(b"text", b"\xff\xfett"), good[:-3], b"\x20\x00\x00\x00\x00\x04\x01a?\x00", b""):
+        for body in (b"body", b""):
+            message = receive(bad, body)
+            assert bytes(message.properties["application_headers"][UNDECODED].encode("utf-8", "surrogateescape")
+                         if isinstance(message.properties["application_headers"][UNDECODED], str)
+                         else message.properties["application_headers"][UNDECODED]) == bad  # fmt: skip
+            assert (message.body or b"") == body
+    raised.append(ValueError("a consumer's"))
+    with pytest.raises(ValueError, match="a consumer's"):
+        receive(good, b"")
+    assert len(got) == 1 + 8 + 1, "the consumer was called once"

@@ -163,8 +163,23 @@ def test_revived_headers():
     headers, changes = revive_headers(letter)
     assert headers["extra"] == [] and headers["expires"] is None and headers["retries"] == 0
     assert "x-death" not in headers and "x-delivery-count" not in headers
-    assert headers[HEADER] == {"replays": 1, "last": letter.id, "died_of": "failure"}
+    this = {"id": letter.id, "reason": "failure", "fingerprint": letter.fingerprint, "died_at": letter.died_at}
+    assert headers[HEADER] == {"replays": 1, "last": letter.id, "died_of": "failure", "deaths": [this]}
     assert changes == ["retries 2 → 0", "expires 2020-01-01T00:00:00+00:00 dropped: it is past"]
+
+
+def test_earlier_deaths_are_remembered_and_bounded():
+    headers, ids = HEADERS, []
+    for _ in range(13):
+        letter = compose(death(), original(headers=headers), "d")
+        assert [each["id"] for each in letter.deaths] == ids[-10:]
+        assert read_record(letter.record(), Original(), "d").deaths == letter.deaths
+        headers, _ = revive_headers(letter)
+        ids.append(letter.id)
+    assert letter.replays == 12
+    for hostile in ({"deaths": 5}, {"deaths": [5, {"id": ["x"], "died_at": "now"}]}, {"deaths": None}, "deaths"):
+        letter = compose(death(), original(headers={**HEADERS, HEADER: hostile}), "d")
+        assert all(set(each) == {"id", "reason", "fingerprint", "died_at"} for each in letter.deaths)
 
 
 def test_past():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from billiard.exceptions import SoftTimeLimitExceeded, TimeLimitExceeded, WorkerLostError
-from celery.exceptions import InvalidTaskError, MaxRetriesExceededError, Reject
+from celery.exceptions import InvalidTaskError, MaxRetriesExceededError, Reject, TaskRevokedError
 from celery.utils.serialization import UnpickleableExceptionWrapper
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,6 +16,7 @@ from celery_dlx.brokers.redis.letters import original_of as redis_original_of
 from celery_dlx.letters import Death, compose
 from celery_dlx.policy.settings import Policy, QueueSettings
 from celery_dlx.topology.arguments import dlq_arguments, source_arguments, version_tuple
+from celery_dlx.worker.intake import HeldRequest
 from celery_dlx.worker.outcome import failure_reason, make_death
 from celery_dlx.worker.strategy import check_message
 
@@ -148,3 +149,19 @@ def test_covered_queues_stay_what_they_were():
     assert queue.queue_arguments == {"y": 2, "x": 1}
     assert type(pickle.loads(pickle.dumps(queue))) is Queue  # noqa: S301 - our own bytes
     assert type(cover_queue(Queue("b"), Cover())) is type(queue)
+
+
+def test_what_the_pool_refuses_gives_its_place_back():
+    """Celery hands requests to the pool in callbacks, where an error would end the worker."""
+
+    class Request:
+        id = "x"
+
+        def execute_using_pool(self, pool):
+            raise RecursionError("maximum recursion depth exceeded while pickling an object")
+
+    given_up = []
+    held = HeldRequest(Request(), lambda request, exc: given_up.append((request.id, type(exc))))
+    with pytest.raises(TaskRevokedError):
+        held.execute_using_pool(None)
+    assert given_up == [("x", RecursionError)]

@@ -8,7 +8,7 @@ from contextlib import suppress
 import pytest
 
 from celery_dlx.brokers.base import Replayed
-from celery_dlx.errors import JournalError, UsageError
+from celery_dlx.errors import JournalError, ReplayError, UsageError
 from celery_dlx.groups import group
 from celery_dlx.journal import Journal, QueueLocks, Record, history, read_record
 from celery_dlx.letters import DeadLetter, Original
@@ -92,6 +92,24 @@ def test_all_go_and_are_heard_of():
     (told,) = history("redis://")
     assert told.summary() == record.summary()
     assert list(history("amqp://")) == []
+
+
+def test_letters_that_cannot_go_hold_up_no_other_queue():
+    class Picky(Lists):
+        def replay(self, queue, match, limit=None, run=None):
+            if queue == "q":
+                raise ReplayError("letter 0 stays in its DLQ: the edit does not fit")
+            yield from super().replay(queue, match, limit, run)
+
+    others = letters(3, "r")
+    for number, letter in enumerate(others):
+        letter.id = f"{100 + number:032x}"
+    broker = Picky([*letters(2), *others])
+    first = run(broker)
+    for record in (first, again(broker, first.replay)):
+        assert (record.summary()["replayed"], record.summary()["left"]) == (3, 2)
+        assert "does not fit" in record.summary()["stopped"]
+    assert broker.queue == [letter.id for letter in others]
 
 
 def test_canaries_that_fail_stop_it_and_new_ones_go_first_when_it_goes_on():

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from celery_dlx.groups import Group
 from celery_dlx.letters import DeadLetter, Death, Original
 from celery_dlx.policy.settings import QueueSettings
 
@@ -25,6 +26,8 @@ class Delivery:
     #: How many of them count against it, where that is known better: a message that was only held by a worker that died is
     #: not to blame for its death.
     blamed: int | None = None
+    #: It came back, and the broker did not count that (classic queues).
+    uncounted: bool = False
     #: Called when its task starts, if the broker wants to know.
     on_started: Callable[[], None] | None = None
     #: Set just before the message is rejected; on Redis the rejection stores the letter.
@@ -78,6 +81,12 @@ class Capturer(Protocol):
         never give up while the process lives.
         """
 
+    def count_return(self, delivery: Delivery, alive: Callable[[], bool], done: Callable[[bool], None]) -> bool:
+        """Send an uncounted delivery to its queue again, with its count; then call ``done``: whether its original may go.
+
+        Returns whether ``done`` will be called.
+        """
+
     def open(self) -> None:
         """Connect, where waiting is allowed."""
 
@@ -87,8 +96,8 @@ class Capturer(Protocol):
     def detach(self) -> None:
         """The event loop does not run any more."""
 
-    def acknowledge(self, message: Any) -> bool:
-        """Acknowledge the original of a stored letter together with others; ``False``: the caller has to."""
+    def acknowledge(self, messages: Sequence[Any]) -> None:
+        """Acknowledge kombu messages together. What a broken connection keeps from it comes again."""
 
     def report(self, replay: str, outcome: dict[str, Any]) -> None:
         """Tell a replay what became of one of its messages; best effort."""
@@ -139,6 +148,8 @@ class Run:
     batch: int | None = None
     #: Whether some are still wanted that were not seen; then what came meanwhile is looked at too.
     wanted: Callable[[], bool] = lambda: False
+    #: Changes a letter's message before it goes; what it raises keeps that letter where it is.
+    edit: Callable[[DeadLetter], None] | None = None
     #: Asked before each letter: no more of them, but finish what was begun.
     stop: Callable[[], bool] = lambda: False
 
@@ -151,6 +162,12 @@ class Broker(Protocol):
 
     def browse(self, queue: str, match: Match | None = None, limit: int | None = None) -> Iterator[DeadLetter]:
         """The (matching) letters of a queue's DLQ, oldest first, without removing or changing any."""
+
+    def groups(self, queue: str, match: Match) -> Iterable[Group] | None:
+        """The groups of matching letters, where the broker counts them as they come and go; ``None``: browse, and count."""
+
+    def select(self, queue: str, match: Match) -> Iterator[tuple[str, str]] | None:
+        """Id and fingerprint of matching letters, where they can be told without reading letters; ``None``: browse."""
 
     def get(self, queue: str, letter_id: str) -> DeadLetter | None:
         """One letter with its message; ``None`` if the queue's DLQ does not hold it."""

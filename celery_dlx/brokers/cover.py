@@ -12,7 +12,8 @@ import kombu
 from celery_dlx.brokers.base import DELIVERY_KEY, Delivery
 from celery_dlx.brokers.queues import identity
 from celery_dlx.brokers.rabbitmq.declare import Declarer
-from celery_dlx.brokers.rabbitmq.letters import original_of
+from celery_dlx.brokers.rabbitmq.letters import decode_body, original_of
+from celery_dlx.brokers.rabbitmq.returns import RETURNS, count_of
 from celery_dlx.letters import DeadLetter
 from celery_dlx.policy.settings import Policy, QueueSettings
 from celery_dlx.topology.arguments import source_arguments
@@ -59,7 +60,7 @@ class BrokerCover:
         name = identity(queue)
         settings = self.policy.settings(name)
         if settings is None or (not settings.enabled and not _overrides(settings)):
-            return callback
+            return _decoding(callback) if isinstance(channel, amqp.Channel) else callback
         if hasattr(channel, "dlx_cover"):
             if self.on_garbage is not None:  # only in a worker: other consumers of the queue get plain kombu
                 channel.dlx_cover(queue.name, settings, self.policy, self.on_garbage)
@@ -67,15 +68,33 @@ class BrokerCover:
         if not isinstance(channel, amqp.Channel):
             return callback
 
+        # py-amqp would decode bodies before anybody saw their bytes. Other consumers of this channel: see `_decoding`.
+        channel.auto_decode = False
+
         def stamped(raw: Any) -> Any:
+            exact = decode_body(raw)
             headers = raw.properties.get("application_headers") or {}
-            count = headers.get("x-delivery-count", 0)
-            raw.delivery_info[DELIVERY_KEY] = Delivery(
-                name, settings, partial(original_of, raw), count + 1 if isinstance(count, int) else 1
-            )
+            delivery = Delivery(name, settings, partial(original_of, raw, exact))
+            count = headers.get("x-delivery-count")
+            if isinstance(count, int):
+                delivery.deliveries = count + 1
+            elif RETURNS in headers or raw.delivery_info.get("redelivered"):
+                delivery.uncounted = bool(raw.delivery_info.get("redelivered")) and "x-acquired-count" not in headers
+                delivery.deliveries = count_of(headers) + delivery.uncounted + 1
+            raw.delivery_info[DELIVERY_KEY] = delivery
             return callback(raw)
 
         return stamped
+
+
+def _decoding(callback: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The consumer of a queue that is not ours, on a channel that may also consume one that is."""
+
+    def decoded(raw: Any) -> Any:
+        decode_body(raw)
+        return callback(raw)
+
+    return decoded
 
 
 def _overrides(settings: QueueSettings) -> bool:

@@ -28,7 +28,9 @@ def groups(ctx: click.Context, queue: str | None, force: bool, as_json: bool, li
         kind = (group.exception or "").rsplit(".", 1)[-1]
         what = output.line(f"{kind}: {group.message}" if kind else "-", 50)
         seen = f"{iso_time(group.first_seen)[:19]} … {iso_time(group.last_seen)[:19]}"
-        rows.append([group.fingerprint, group.count, group.reason, group.task or "-", what, seen, group.example])
+        rows.append(
+            [group.fingerprint, group.count, group.reason, group.task or "-", what, seen, group.trend, group.example]
+        )
     if rows:
-        output.table(["GROUP", "COUNT", "REASON", "TASK", "EXCEPTION", "SEEN (UTC)", "EXAMPLE"], rows)
+        output.table(["GROUP", "COUNT", "REASON", "TASK", "EXCEPTION", "SEEN (UTC)", "TREND", "EXAMPLE"], rows)
     output.say(f"{sum(group.count for group in found)} letters of {len(found)} causes")

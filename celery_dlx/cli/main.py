@@ -19,7 +19,8 @@ from celery_dlx.app import DeadLetters
 from celery_dlx.canvas import canvas_of
 from celery_dlx.cli import output
 from celery_dlx.errors import EXIT_FINDINGS, EXIT_UNREACHABLE, DeadLetterError, UsageError
-from celery_dlx.letters import Reason
+from celery_dlx.letters import DeadLetter, Reason, iso_time
+from celery_dlx.redaction import shown
 
 _ID = re.compile(r"[0-9a-f]{32}")
 
@@ -63,6 +64,12 @@ def dead_letters(ctx: click.Context) -> DeadLetters:
     dead = DeadLetters.of(ctx.obj.app)
     dead.insist = bool(ctx.params.get("force"))
     return dead
+
+
+def for_eyes(dead: DeadLetters, letter: DeadLetter) -> DeadLetter:
+    """A letter without what the policy says nobody should read."""
+    settings = dead.policy.settings(letter.queue)
+    return letter if settings is None else shown(letter, settings.redact)
 
 
 JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
@@ -114,14 +121,24 @@ _FILTERS = (
 @command(name="list")
 @click.argument("queue", required=False)
 @click.option("--newest/--oldest", default=False, help="Which come first; with --limit, which are shown.")
+@click.option("--after", metavar="ID", help="The next page: what comes after this letter.")
 @filters
 @FORCE
 @JSON
 def list_letters(
-    ctx: click.Context, queue: str | None, newest: bool, force: bool, as_json: bool, limit: int | None, **selected: Any
+    ctx: click.Context,
+    queue: str | None,
+    newest: bool,
+    after: str | None,
+    force: bool,
+    as_json: bool,
+    limit: int | None,
+    **selected: Any,
 ) -> None:
     """Dead letters of QUEUE, or of all queues, oldest first."""
-    found = dead_letters(ctx).letters(queue, limit=limit, newest=newest, **selected)
+    dead = dead_letters(ctx)
+    letters = dead.letters(queue, limit=limit, newest=newest, after=after, **selected)
+    found = (for_eyes(dead, letter) for letter in letters)
     if as_json:
         for letter in found:
             output.json_line(letter.as_dict())
@@ -129,7 +146,8 @@ def list_letters(
     rows = [output.letter_row(letter) for letter in found]
     if rows:
         output.table(output.LETTER_HEADINGS, rows)
-    output.say(f"{len(rows)} dead letters")
+    more = f"; what comes after them: --after {rows[-1][0]}" if rows and len(rows) == limit else ""
+    output.say(f"{len(rows)} dead letters{more}")
 
 
 @command()
@@ -140,7 +158,7 @@ def list_letters(
 def show(ctx: click.Context, letter_id: str, queue: str | None, force: bool, as_json: bool) -> None:
     """One letter: its death, its traceback, its message."""
     dead = dead_letters(ctx)
-    letter = dead.get(letter_id, queue)
+    letter = for_eyes(dead, dead.get(letter_id, queue))
     state = dead.result_state(letter)
     if as_json:
         original = letter.original
@@ -150,6 +168,8 @@ def show(ctx: click.Context, letter_id: str, queue: str | None, force: bool, as_
                 "headers": dict(original.headers),
                 "properties": dict(original.properties),
                 "stripped": letter.stripped,
+                "redacted": letter.redacted,
+                "deaths": [{**death, "died_at": iso_time(death["died_at"])} for death in letter.deaths],
                 "body": original.body.decode("utf-8", "backslashreplace"),
                 "canvas": canvas_of(original).as_dict(),
                 "result_state": state,
@@ -169,10 +189,17 @@ def stats(ctx: click.Context, queue: str | None, as_json: bool) -> None:
         for row in rows:
             output.json_line(row.as_dict())
         return
+    shown = [(row, {key: value for key, value in row.extra.items() if not isinstance(value, dict)}) for row in rows]
     output.table(
         ["QUEUE", "DLQ", "LETTERS", ""],
-        [[row.queue, row.dlq, row.letters, ", ".join(f"{key}={value}" for key, value in row.extra.items())] for row in rows],
+        [
+            [row.queue, row.dlq, row.letters, ", ".join(f"{key}={value}" for key, value in extra.items())]
+            for row, extra in shown
+        ],
     )
+    for row in rows:
+        for label, count in row.extra.get("evicted", {}).items():
+            output.say(f"{row.dlq}: {count} letters of {label} were dropped by the caps")
 
 
 def split_targets(targets: tuple[str, ...], everything: bool, queue: str | None, selected: dict[str, Any]) -> Any:
@@ -203,6 +230,7 @@ def confirmed(question: str, yes: bool) -> None:
 def preview(dead: DeadLetters, ids: Any, queue: str | None, limit: int | None, selected: Any, as_json: bool) -> None:
     count = 0
     for letter in dead.letters(queue, limit=limit, ids=ids, **selected):
+        letter = for_eyes(dead, letter)
         count += 1
         if as_json:
             output.json_line(letter.as_dict())

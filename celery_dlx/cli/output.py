@@ -34,12 +34,33 @@ def say(text: str) -> None:
 
 def json_line(value: dict[str, Any]) -> None:
     # ASCII only: C1 control characters, DEL and lone surrogates are escaped, not printed.
-    click.echo(json.dumps(value, default=str).replace("\x7f", "\\u007f"))
+    click.echo(_json(value).replace("\x7f", "\\u007f"))
+
+
+def _json(value: dict[str, Any]) -> str:
+    try:
+        return json.dumps(value, default=str)
+    except TypeError:  # AMQP's header names may be any bytes
+        return json.dumps(_text_keys(value), default=str)
+    except RecursionError:  # a message's headers: what could be read need not be written again
+        return json.dumps(
+            {key: None if isinstance(part, (dict, list)) else part for key, part in value.items()}, default=str
+        )
+
+
+def _text_keys(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key if isinstance(key, str) else str(key): _text_keys(part) for key, part in value.items()}
+    return [_text_keys(part) for part in value] if isinstance(value, list) else value
+
+
+#: Of a table's cell, in characters: one long name would pad every row.
+_WIDEST = 255
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Aligned columns; with rich installed and on a terminal, a drawn table."""
-    cells = [[line(cell) for cell in row] for row in rows]
+    cells = [[line(cell, _WIDEST) for cell in row] for row in rows]
     if sys.stdout.isatty():
         try:
             from rich.console import Console
@@ -89,6 +110,10 @@ def show_letter(letter: DeadLetter, state: str | None = None) -> None:
             _field(key, value)
     if letter.stripped:
         _field("stripped", letter.stripped)
+    if letter.redacted:
+        _field("redacted", f"{', '.join(letter.redacted)} when it was stored: not what its producer sent")
+    for death in letter.deaths:
+        _field("died before", f"{iso_time(death['died_at'])[:19]} {death['reason']} {death['fingerprint']} as {death['id']}")
     for part, text in canvas_of(letter.original).explained():
         _field(part, text)
     if state is not None:

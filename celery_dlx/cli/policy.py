@@ -91,7 +91,8 @@ def _plain(settings: QueueSettings) -> dict[str, Any]:
 def _sentence(settings: QueueSettings) -> str:
     parts = []
     for name, value in asdict(settings).items():
-        if value is None or name in ("entry", "reasons", "enabled"):
+        unset = value is None or (name.startswith("redact") and not value)
+        if unset or name in ("entry", "reasons", "enabled"):
             continue
         is_time = name in ("time_limit", "soft_time_limit", "message_ttl", "dlq_max_age")
         parts.append(f"{name}={format_duration(value) if is_time else value}")

@@ -6,9 +6,11 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import click
@@ -18,8 +20,10 @@ from celery_dlx.app import DeadLetters
 from celery_dlx.brokers.base import Replayed
 from celery_dlx.cli import output
 from celery_dlx.cli.main import JSON, command, confirmed, dead_letters, preview, split_targets, targets
+from celery_dlx.editing import Edit, by_hand
 from celery_dlx.errors import EXIT_FINDINGS, ReplayError, UnknownLetterError, UsageError
-from celery_dlx.journal import Record, as_history, history
+from celery_dlx.journal import Record, as_history, history, read_record
+from celery_dlx.letters import DeadLetter
 from celery_dlx.policy.durations import parse_duration
 from celery_dlx.replay import Options
 
@@ -57,6 +61,11 @@ def _seconds(ctx: click.Context, option: click.Parameter, value: str | None) -> 
 @click.option("--to", metavar="QUEUE", help="To this queue instead of the one each died in.")
 @click.option("--stop-on-repeat/--no-stop-on-repeat", default=None, help="Stop when a letter dies of the same again.")
 @click.option("--wait", metavar="TIME", callback=_seconds, help="Go on listening this long without news (default 2s).")
+@click.option(
+    "--edit",
+    metavar="PATCH",
+    help="Change arguments on the way: a JSON Patch over /args and /kwargs, @FILE, or `editor` for one letter.",
+)
 @click.option("--no-preflight", is_flag=True, help="Do not ask workers whether they would execute it.")
 @click.option("--resume", metavar="REPLAY", help="Go on with a replay that was stopped or killed.")
 def replay_letters(
@@ -71,6 +80,7 @@ def replay_letters(
     stop_on_repeat: bool | None,
     wait: float | None,
     resume: str | None,
+    edit: str | None,
     no_preflight: bool,
     dry_run: bool,
     yes: bool,
@@ -91,6 +101,7 @@ def replay_letters(
             canary,
             to,
             stop_on_repeat,
+            edit,
             dry_run or None,
         )
         if any(value is not None for value in given):
@@ -99,6 +110,7 @@ def replay_letters(
             )
     else:
         ids, queue, selected = split_targets(targets, everything, queue, selected)
+        change = _edit(dead, edit, ids, queue)
         if dry_run:
             preview(dead, ids, queue, limit, selected, as_json)
             return
@@ -110,8 +122,9 @@ def replay_letters(
             engine, locks = dead.resume_replay(resume, hooks, rate=rate, wait=wait)
         else:
             if not no_preflight:
-                _preflight(dead, ids, queue, limit, to, force, selected)
+                _preflight(dead, ids, queue, limit, to, force, change, selected)
             options = Options(canary, rate, to, bool(canary) if stop_on_repeat is None else stop_on_repeat)
+            options.edit = None if change is None else change.text
             options.wait = options.wait if wait is None else wait
             engine, locks = dead.start_replay(ids, queue, limit=limit, options=options, hooks=hooks, **selected)
         run = engine.run()
@@ -136,8 +149,33 @@ def replay_letters(
         sys.exit(EXIT_FINDINGS)
 
 
+def _edit(dead: DeadLetters, text: str | None, ids: Any, queue: str | None) -> Edit | None:
+    if text is None:
+        return None
+    if text != "editor":
+        if text.startswith("@"):
+            try:
+                text = Path(text[1:]).read_text("utf-8")
+            except (OSError, UnicodeDecodeError) as exc:
+                raise UsageError(f"--edit {text}: cannot be read: {exc}") from None
+        return Edit(text)
+    if ids is None or len(ids) != 1:
+        raise UsageError("--edit editor: expected the id of one letter; give a JSON Patch for more")
+    change = by_hand(dead.get(ids[0], queue), lambda document: click.edit(document, extension=".json"))
+    if change is None:
+        raise UsageError("nothing was edited, nothing was replayed; leave --edit out to replay it as it is")
+    return change
+
+
 def _preflight(
-    dead: DeadLetters, ids: Any, queue: str | None, limit: int | None, to: str | None, force: bool, selected: dict[str, Any]
+    dead: DeadLetters,
+    ids: Any,
+    queue: str | None,
+    limit: int | None,
+    to: str | None,
+    force: bool,
+    change: Edit | None,
+    selected: dict[str, Any],
 ) -> None:
     """Say what will go wrong again, and refuse what surely will.
 
@@ -145,7 +183,11 @@ def _preflight(
         ReplayError: a message will surely die again.
     """
     most = min(limit or preflight.MOST, preflight.MOST)
-    found = list(preflight.doubts(dead, dead.letters(queue, limit=most, ids=ids, bodies=True, **selected), to))
+    letters = dead.letters(queue, limit=most, ids=ids, bodies=True, **selected)
+    unfit: list[preflight.Doubt] = []
+    if change is not None:
+        letters = iter(_edited(letters, change, unfit))
+    found = list(preflight.doubts(dead, letters, to)) + unfit
     by_message: dict[str, list[preflight.Doubt]] = {}
     for doubt in found:
         by_message.setdefault(doubt.message, []).append(doubt)
@@ -155,9 +197,19 @@ def _preflight(
     sure = {doubt.letter for doubt in found if doubt.sure}
     if sure and not force:
         raise ReplayError(
-            f"{len(sure)} of the letters looked at would die again; nothing was replayed. Correct what is said above, "
-            "choose other letters, or insist with --no-preflight"
+            f"{len(sure)} of the letters looked at would die again, or cannot be edited; nothing was replayed. Correct what "
+            "is said above, choose other letters, or insist with --no-preflight"
         )
+
+
+def _edited(letters: Iterable[DeadLetter], change: Edit, unfit: list[preflight.Doubt]) -> Iterator[DeadLetter]:
+    for letter in letters:
+        try:
+            change.apply(letter)
+        except ReplayError as exc:
+            unfit.append(preflight.Doubt(letter.id, letter.queue, str(exc).split(": ", 1)[1], True))
+        else:
+            yield letter
 
 
 def _show(replayed: Replayed, record: Record, as_json: bool) -> None:
@@ -222,10 +274,14 @@ def _interruptible() -> Iterator[Any]:
 
 
 @command(name="history")
+@click.argument("replay", required=False)
 @click.option("--all", "everywhere", is_flag=True, help="Also replays on other brokers.")
 @JSON
-def show_history(ctx: click.Context, everywhere: bool, as_json: bool) -> None:
-    """The replays that were run from this machine by this user, oldest first, and what became of their letters."""
+def show_history(ctx: click.Context, replay: str | None, everywhere: bool, as_json: bool) -> None:
+    """The replays that were run from this machine by this user, oldest first; or what became of each letter of REPLAY."""
+    if replay is not None:
+        _show_entries(read_record(replay), as_json)
+        return
     dead = dead_letters(ctx)
     records = list(history(None if everywhere else dead.broker_name))
     if as_json:
@@ -235,3 +291,19 @@ def show_history(ctx: click.Context, everywhere: bool, as_json: bool) -> None:
     keys = ["replay", "started", "by", "selection", "selected", "replayed", "succeeded", "failed_again", "waiting", "left"]
     rows = [[*(as_history(record)[key] for key in keys), as_history(record)["stopped"] or ""] for record in records]
     output.table([key.replace("_", " ").upper() for key in [*keys, "stopped"]], rows)
+
+
+def _show_entries(record: Record, as_json: bool) -> None:
+    counts: Counter[str] = Counter()
+    rows = []
+    for entry in record.entries.values():
+        counts[entry.outcome] += 1
+        if as_json:
+            output.json_line(
+                {"id": entry.id, "queue": entry.queue, "fingerprint": entry.fingerprint, "outcome": entry.outcome}
+            )
+        else:
+            rows.append([entry.id, entry.queue, entry.fingerprint, entry.outcome.replace("_", " ")])
+    if rows:
+        output.table(["ID", "QUEUE", "GROUP", "OUTCOME"], rows)
+    output.say(", ".join(f"{count} {outcome.replace('_', ' ')}" for outcome, count in counts.most_common()) or "no letters")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,11 @@ _DEAD_LETTER_FIELDS = {
     "max_bytes": "dlq_max_bytes",
     "max_age": "dlq_max_age",
     "strategy": "strategy",
+    "redact": "redact",
+    "redact_stored": "redact_stored",
 }
+#: Settings are shared: what they hold must not change.
+_FROZEN: dict[str, Callable[[Any], Any]] = {"on": frozenset, "redact": tuple}
 
 
 def load_policy(path: str | Path) -> Policy:
@@ -189,7 +193,7 @@ def _says(section: QueueSection) -> dict[str, Any]:
     says = section.model_dump(exclude_none=True, exclude={"dead_letter"})
     if section.dead_letter is not None:
         for key, value in section.dead_letter.model_dump(exclude_none=True).items():
-            says[_DEAD_LETTER_FIELDS[key]] = frozenset(value) if key == "on" else value
+            says[_DEAD_LETTER_FIELDS[key]] = _FROZEN[key](value) if key in _FROZEN else value
     return says
 
 

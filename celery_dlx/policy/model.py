@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, field_validator
 
+from celery_dlx.arguments import steps_of
 from celery_dlx.letters import Reason
 from celery_dlx.policy.durations import DURATION_PATTERN, SIZE_PATTERN, parse_duration, parse_size
 
@@ -49,8 +50,19 @@ def _known_reason(value: object) -> object:
     return value
 
 
+def _known_path(value: object) -> object:
+    if not isinstance(value, str) or not steps_of(value):
+        raise ValueError(f"expected a path such as kwargs.card.number or args[0], found {value!r}")
+    return value
+
+
 REASONS = tuple(str(reason) for reason in Reason)
 ReasonName = Annotated[str, BeforeValidator(_known_reason), WithJsonSchema({"type": "string", "enum": list(REASONS)})]
+
+
+ArgumentPath = Annotated[
+    str, BeforeValidator(_known_path), WithJsonSchema({"type": "string", "pattern": r"^(args|kwargs)([.\[].+)?$"})
+]
 
 
 class Section(BaseModel):
@@ -67,6 +79,12 @@ class DeadLetterSection(Section):
     max_length: Count | None = Field(None, description="letters kept in the DLQ, oldest dropped first")
     max_bytes: Size | None = Field(None, description="bytes of message bodies kept in the DLQ")
     max_age: Duration | None = Field(None, description="how long a letter is kept")
+    redact: list[ArgumentPath] | None = Field(
+        None, description="paths of arguments that are not shown: kwargs.card.number, args[0]"
+    )
+    redact_stored: Flag | None = Field(
+        None, description="blank them in what is stored, too (JSON only): such letters need --edit to be replayed"
+    )
     strategy: Literal["at-most-once", "at-least-once"] | None = Field(
         None, description="how RabbitMQ dead-letters by itself; at-least-once needs a quorum queue, and refuses overflow"
     )

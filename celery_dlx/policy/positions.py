@@ -15,6 +15,8 @@ from celery_dlx.errors import Problem
 
 Path = tuple[Any, ...]
 _MAX_DEPTH = 20
+#: Values in all, those of an alias counted each time: aliases of aliases make billions out of a few lines.
+_MAX_VALUES = 50_000
 
 
 class _CoreLoader(yaml.SafeLoader):
@@ -39,6 +41,7 @@ class Document:
     def __init__(self) -> None:
         self.data: Any = None
         self.problems: list[Problem] = []
+        self.values = 0
         self._keys: dict[Path, yaml.Mark] = {}
         self._values: dict[Path, yaml.Mark] = {}
 
@@ -69,6 +72,8 @@ def read_document(text: str) -> Document:
         mark = exc.problem_mark or exc.context_mark
         line, column = (mark.line + 1, mark.column + 1) if mark else (1, 1)
         document.problems.append(Problem(line, column, f"not valid YAML: {exc.problem or exc.context}"))
+    except RecursionError:  # PyYAML's own, before we see a node
+        document.problems.append(Problem(1, 1, f"nested more than {_MAX_DEPTH} levels deep"))
     except (yaml.YAMLError, ValueError) as exc:  # e.g. control characters, which have no mark
         document.problems.append(Problem(1, 1, f"not valid YAML: {str(exc).splitlines()[0]}"))
     return document
@@ -76,6 +81,7 @@ def read_document(text: str) -> Document:
 
 def _walk(document: Document, loader: _CoreLoader, node: yaml.Node, path: Path) -> Any:
     document._values.setdefault(path, node.start_mark)
+    _count(document, node)
     if len(path) > _MAX_DEPTH:  # an alias that contains itself, or nesting no policy needs
         document.problem(path, f"nested more than {_MAX_DEPTH} levels deep")
         return None
@@ -90,6 +96,12 @@ def _walk(document: Document, loader: _CoreLoader, node: yaml.Node, path: Path) 
     except Exception as exc:  # noqa: BLE001 - PyYAML's constructors fail in their own ways, e.g. `!!bool maybe`
         document.problem(path, f"{node.value!r} is no {node.tag.rsplit(':', 1)[-1]} ({type(exc).__name__})")
         return None
+
+
+def _count(document: Document, node: yaml.Node) -> None:
+    document.values += 1
+    if document.values > _MAX_VALUES:
+        raise yaml.MarkedYAMLError(problem=f"more than {_MAX_VALUES} values", problem_mark=node.start_mark)
 
 
 def _walk_mapping(document: Document, loader: _CoreLoader, node: yaml.MappingNode, path: Path) -> dict[str, Any]:
@@ -124,6 +136,7 @@ def _merge(document: Document, loader: _CoreLoader, node: yaml.Node, path: Path)
     nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]
     merged: dict[str, Any] = {}
     for part in reversed(nodes):
+        _count(document, part)
         if isinstance(part, yaml.MappingNode) and len(path) <= _MAX_DEPTH:
             merged |= _walk_mapping(document, loader, part, path)
         else:

@@ -36,6 +36,8 @@ class QueueSettings:
     dlq_max_bytes: int | None = None
     dlq_max_age: float = 180 * _DAY
     strategy: str | None = None
+    redact: tuple[str, ...] = ()
+    redact_stored: bool = False
     #: The entry that matched: a queue's name, a glob, or "" for a policy without `queues`.
     entry: str = ""
 
@@ -44,6 +46,8 @@ class QueueSettings:
 
 
 BUILT_IN = QueueSettings()
+#: Part of a DLQ's caps from which on is warned.
+NEARLY_FULL = 0.8
 MANAGEMENT_VARIABLE = "CELERY_DLX_MANAGEMENT_URL"
 
 
@@ -94,6 +98,12 @@ class Policy:
         """Lay an entry over `defaults` over the built-ins, key by key."""
         merged = {**self.defaults, **says}
         return replace(BUILT_IN, entry=entry, **merged)
+
+
+def fill(settings: QueueSettings, letters: int, size: int | None = None) -> float:
+    """Which part of its caps a DLQ of so many letters and bytes has used."""
+    by_bytes = size / settings.dlq_max_bytes if size is not None and settings.dlq_max_bytes else 0.0
+    return max(letters / settings.dlq_max_length, by_bytes)
 
 
 def management_url(policy: Policy) -> str | None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from celery import signals
 from celery.app.task import Context
-from celery.exceptions import NotRegistered
+from celery.exceptions import NotRegistered, TaskRevokedError
 from celery.worker import state
 from kombu.exceptions import ContentDisallowed
 
@@ -35,6 +36,29 @@ class HeldMessage:
     reject = requeue = ack_log_error = reject_log_error = ack
 
 
+class HeldRequest:
+    """Stands in for a request on its way into the pool, where Celery expects no errors: one there ends the worker, or
+    takes one of the pool's places along.
+    """
+
+    __slots__ = ("_give_up", "_request")
+
+    def __init__(self, request: Any, give_up: Callable[[Any, Exception], None]) -> None:
+        self._request, self._give_up = request, give_up
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._request, name)
+
+    def execute_using_pool(self, pool: Any, **kwargs: Any) -> Any:
+        try:
+            return self._request.execute_using_pool(pool, **kwargs)
+        except TaskRevokedError:
+            raise
+        except Exception as exc:
+            self._give_up(self._request, exc)
+            raise TaskRevokedError(self._request.id) from exc  # how Celery is told to give its place in the pool back
+
+
 class Intake:
     """Replaces the consumer's hooks for messages it cannot use; Celery's own run first, for logs, states and signals."""
 
@@ -45,36 +69,75 @@ class Intake:
         self._on_unknown_task = consumer.on_unknown_task
         self._on_invalid_task = consumer.on_invalid_task
         self._create_task_handler = consumer.create_task_handler
+        self._on_task_request = consumer.on_task_request
+        # A lost connection must be seen by the consumer; all else is the message's own fault.
+        # (kombu counts KeyError among Redis's connection errors; here it is a message that lacks something.)
+        lost = tuple(error for error in consumer.connection_errors if error is not KeyError)
+        self._not_the_message = (MemoryError, *lost)
         for name in ("decode_error", "unknown_message", "unknown_task", "invalid_task"):
             setattr(consumer, f"on_{name}", getattr(self, f"on_{name}"))
         consumer.create_task_handler = self.create_task_handler
+        consumer.on_task_request = self.on_task_request
 
     def create_task_handler(self, *args: Any, **kwargs: Any) -> Callable[[Any], None]:
         """Celery's handler of every message, made to outlive every message."""
         handle = self._create_task_handler(*args, **kwargs)
-        consumer = self._consumer
-        # A lost connection must be seen by the consumer; all else is the message's own fault.
-        # (kombu counts KeyError among Redis's connection errors; here it is a message that lacks something.)
-        lost = tuple(error for error in consumer.connection_errors if error is not KeyError)
-        not_the_message = (MemoryError, *lost)
 
         def on_task_received(message: Any) -> None:
             delivery = delivery_of(message)
             if delivery is None:
                 handle(message)
                 return
-            try:
-                self._net.count_deliveries(message, delivery)
-                if not self._is_poison(message, delivery):
-                    handle(message)
-            except not_the_message:
-                raise
-            except Exception as exc:
-                logger.exception("a message of %r cannot be handled", delivery.queue)
-                self._release(message)
-                self._bury(message, delivery, Reason.MALFORMED, exc)
+            self._survive(message, delivery, lambda: receive(message, delivery))
+
+        def receive(message: Any, delivery: Delivery) -> None:
+            self._net.count_deliveries(message, delivery)
+            if self._is_poison(message, delivery):
+                return
+            if delivery.uncounted and self._runs_before_its_ack(message, delivery):
+                use = partial(self._survive, message, delivery, lambda: handle(message))
+                if self._net.count_return(message, delivery, use):
+                    return
+            if self._consumer.restart_count:  # else requests acknowledge by `Net.acknowledge`
+                self._net.acks.take_over(message)
+            handle(message)
 
         return on_task_received
+
+    def _survive(self, message: Any, delivery: Delivery, step: Callable[[], None]) -> None:
+        try:
+            step()
+        except self._not_the_message:
+            raise
+        except Exception as exc:
+            logger.exception("a message of %r cannot be handled", delivery.queue)
+            self._release(message)
+            self._bury(message, delivery, Reason.MALFORMED, exc)
+
+    def _runs_before_its_ack(self, message: Any, delivery: Delivery) -> bool:
+        """Whether it may have been started when it came back: it is acknowledged late; and whether anybody cares."""
+        if not (delivery.settings.enabled and delivery.settings.captures(Reason.MAX_DELIVERIES.value)):
+            return False
+        if delivery.settings.acks_late is not None:
+            return delivery.settings.acks_late
+        name = message.headers.get("task") if isinstance(message.headers, dict) else None
+        task = self._consumer.app.tasks.get(name) if isinstance(name, str) else None
+        return bool(task is not None and task.acks_late)
+
+    def on_task_request(self, request: Any) -> Any:
+        """A request goes to the pool: now, when a place is free, or when its time has come."""
+        if delivery_of(request.message) is None:
+            return self._on_task_request(request)
+        return self._on_task_request(HeldRequest(request, self._give_up))
+
+    def _give_up(self, request: Any, exc: Exception) -> None:
+        message = request.message
+        delivery = delivery_of(message)
+        if delivery is None or isinstance(exc, self._not_the_message):
+            raise exc
+        logger.error("a task of %r cannot be handed to the pool", delivery.queue, exc_info=exc)
+        self._release(message)
+        self._bury(message, delivery, Reason.MALFORMED, exc)
 
     def on_decode_error(self, message: Any, exc: Exception) -> None:
         self._handle(message, Reason.UNDECODABLE, exc, lambda held: self._on_decode_error(held, exc))

@@ -9,10 +9,13 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Any
 
+from celery.bootsteps import RUN
+
 from celery_dlx.brokers.base import Capturer, Delivery
 from celery_dlx.letters import DeadLetter, Death
 from celery_dlx.replaying import lineage_of, replay_of
 from celery_dlx.signals import task_dead_lettered
+from celery_dlx.worker.acks import Acks
 
 logger = logging.getLogger("celery_dlx")
 
@@ -26,6 +29,7 @@ class Net:
     def __init__(self, consumer: Any, capturer: Capturer) -> None:
         self._consumer = consumer
         self.capturer = capturer
+        self.acks = Acks(consumer, capturer)
         self._outcomes: deque[Callable[[], None]] = deque()
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_read.setblocking(False)
@@ -53,6 +57,7 @@ class Net:
         if delivery.settled:
             return
         delivery.settled = True
+        self.acks.give_back(message)
         if owned and self.capturer.stores_on_reject:
             delivery.letter = letter = self._compose(delivery, death)
             delivery.on_stored = lambda: self._announce(letter, task)
@@ -69,7 +74,7 @@ class Net:
                     logger.error("letter %s goes to %r by the broker, without its annotations", letter.id, letter.dlq)
                 if not owned or not _channel_open(message):
                     return
-                if stored and self.looping and self.capturer.acknowledge(message):
+                if stored and self.looping and self.acks.add(message):
                     return
                 marshalled = (ack if stored else reject) if self.looping else None
                 (marshalled or (lambda: self._direct(message, "ack" if stored else "reject")))()
@@ -130,6 +135,23 @@ class Net:
         except Exception:
             logger.exception("replay %s was not told of an outcome", replay)
 
+    def _stopping(self) -> bool:
+        """Whether the pool may take no more."""
+        return not self.looping if self._consumer.hub is not None else self._consumer.blueprint.state != RUN
+
+    def acknowledge(self, message: Any, errors: Any) -> bool:
+        """Acknowledge a message that need not die, soon or at once; ``False`` if Celery has to.
+
+        Celery leaves it to the loop's next turn, which never comes if the worker stops: then the message would be put back
+        (Redis) after its task was done, and run again.
+        """
+        consumer = self._consumer
+        if consumer.hub is None or not self._on_loop() or (self.looping and consumer.restart_count):
+            return False  # After a reconnect Celery restores the prefetch count with each of its acknowledgements.
+        if not (self.looping and self.acks.add(message)):
+            message.ack_log_error(logger, errors)
+        return True
+
     # -- back onto the event loop
 
     def _on_loop(self) -> bool:
@@ -151,11 +173,13 @@ class Net:
         self._thread = threading.get_ident()
         hub.add_reader(self._wake_read, self.run_outcomes)
         self.looping = True
+        self.acks.attach(hub)
         self.capturer.attach(hub, self._consumer.timer, self._soon)
 
     def unregister(self) -> None:
         """The loop ended: for good, or to start anew after a reconnect."""
         self.looping = False
+        self.acks.detach()
         self.capturer.detach()
 
     def run_outcomes(self) -> None:
@@ -193,9 +217,32 @@ class Net:
             while len(self._returns) > _REMEMBERED:
                 self._returns.popitem(last=False)
 
+    def count_return(self, message: Any, delivery: Delivery, use: Callable[[], None]) -> bool:
+        """Have a return counted that the broker did not: the message is sent again, and this one goes; or is used, if
+        that proves impossible. ``False``: nothing is done.
+        """
+
+        def settle(sent: bool) -> None:
+            if not _channel_open(message):
+                return
+            if not sent:
+                if not self._stopping():  # else the broker has it back soon
+                    use()
+            elif not (self.looping and self.acks.add(message)):
+                self._direct(message, "ack")
+
+        def done(sent: bool) -> None:
+            if self._on_loop():
+                settle(sent)
+            else:
+                self._soon(lambda: settle(sent))
+
+        return self.capturer.count_return(delivery, lambda: _channel_open(message), done)
+
     def count_deliveries(self, message: Any, delivery: Delivery) -> None:
-        if delivery.deliveries == 1 and message.delivery_info.get("redelivered"):
-            delivery.deliveries = self._returns.get(_key(message), 1) + 1
+        if delivery.uncounted:
+            # This worker remembers too, for messages that cannot be sent again.
+            delivery.deliveries = max(delivery.deliveries, self._returns.get(_key(message), 1) + 1)
 
 
 def _key(message: Any) -> str:

@@ -133,6 +133,8 @@ class DeadLetterRequest:
     def acknowledge(self) -> None:
         if self._dlx_held is not None:
             self._dlx_held.acked = True
+        elif not self.acknowledged and self.net.acknowledge(self.message, self.connection_errors):  # type: ignore[attr-defined]
+            self.acknowledged = True
         else:
             super().acknowledge()  # type: ignore[misc]
 

@@ -19,10 +19,12 @@ from celery_dlx.brokers.base import Capturer
 from celery_dlx.brokers.cover import BrokerCover
 from celery_dlx.brokers.queues import identity
 from celery_dlx.brokers.rabbitmq.capture import RabbitMQCapturer
+from celery_dlx.brokers.rabbitmq.frames import tolerant
 from celery_dlx.brokers.rabbitmq.inspect import by_management
 from celery_dlx.brokers.rabbitmq.management import management_of
 from celery_dlx.brokers.redis.capture import RedisCapturer
-from celery_dlx.brokers.redis.overflow import Overflow
+from celery_dlx.brokers.redis.limits import Limits
+from celery_dlx.brokers.redis.retention import Retention
 from celery_dlx.errors import DeadLetterError
 from celery_dlx.policy.settings import QueueSettings, management_url
 from celery_dlx.topology.live import has_net
@@ -39,6 +41,8 @@ SHUTDOWN_TIMEOUT = 30.0
 _MANAGEMENT_TIMEOUT = 3.0
 #: Between looks at the length of source queues on Redis, in seconds.
 _TRIM_EVERY = 1.0
+#: Between looks at the caps of DLQs on Redis, in seconds. A death looks at those of its own.
+_RETENTION_EVERY = 10.0
 #: Between attempts to store letters that Redis did not take, in seconds.
 _RETRY_EVERY = 5.0
 
@@ -66,6 +70,7 @@ class Topology(bootsteps.StartStopStep):  # type: ignore[misc]
     requires = ("celery.worker.components:Timer",)
 
     def start(self, worker: Any) -> None:
+        survive_frames(worker.app)
         try:
             check_worker(cover_of(worker.app), worker)
         except DeadLetterError as exc:
@@ -112,11 +117,15 @@ class Capture(bootsteps.StartStopStep):  # type: ignore[misc]
         if hasattr(channel, "dlx_cover"):
             # Where tasks run in the loop itself, or spawning one waits for a free place, claims must not pile up in it.
             channel.dlx_claims.one_by_one = net.capturer.eager or consumer.hub is None
-            channel.dlx_overflow = Overflow(proxy(channel), cover_of(consumer.app).policy, consumer.hostname)
+            policy = cover_of(consumer.app).policy
+            channel.dlx_settle = net.acks.write
+            channel.dlx_limits = Limits(proxy(channel), policy, consumer.hostname)
+            channel.dlx_retention = Retention(proxy(channel), policy)
             every = max(float(channel.visibility_timeout) / 3, 0.2)
             for seconds, work, failure in (
                 (every, lambda held: held.qos.renew(), "held messages were not renewed"),
-                (_TRIM_EVERY, lambda held: held.dlx_overflow.run(), "max_length was not looked after"),
+                (_TRIM_EVERY, lambda held: held.dlx_limits.run(), "the limits of queues were not looked after"),
+                (_RETENTION_EVERY, lambda held: held.dlx_retention.run(), "the caps of DLQs were not looked after"),
             ):
                 self._timers.append(repeat(seconds, partial(_tend, ref(channel), work, failure)))
         if net.capturer.stores_on_reject:
@@ -153,6 +162,12 @@ def _tend(channel_ref: Any, work: Callable[[Any], Any], failure: str) -> None:
         work(channel)
     except Exception as exc:  # noqa: BLE001
         logger.warning("%s: %s", failure, exc)
+
+
+def survive_frames(app: Any) -> None:
+    """From now on, connections of this app outlive messages that py-amqp cannot decode."""
+    if app.connection_for_read().transport.driver_name == "py-amqp":
+        app.conf.broker_transport_options = tolerant(app.conf.broker_transport_options)
 
 
 def make_capturer(cover: BrokerCover, app: Any, hostname: str) -> Capturer | None:
@@ -193,7 +208,7 @@ def check_worker(cover: BrokerCover, worker: Any) -> None:
         if connection.transport.driver_type == "amqp":
             _declare_all(app, cover, connection, managed)
         elif connection.transport.driver_type == "redis":
-            _check_redis(channel, managed.values())
+            _check_redis(channel)
     finally:
         connection.release()
 
@@ -259,9 +274,7 @@ def _without_net(cover: BrokerCover, connection: Any, queues: list[str]) -> list
     return [queue for queue in queues if not has_net(live.queues.get(queue), cover.policy.exchange)]
 
 
-def _check_redis(channel: Any, managed: Any) -> None:
-    if any(settings.message_ttl for settings in managed):
-        logger.warning("message_ttl of source queues is not kept on Redis: its messages do not say since when they wait")
+def _check_redis(channel: Any) -> None:
     try:
         with channel.conn_or_acquire() as client:
             eviction = client.info("memory").get("maxmemory_policy", "noeviction")

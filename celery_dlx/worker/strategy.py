@@ -102,13 +102,17 @@ def check_message(message: Any, body: Any) -> None:
     _check_arguments(args, kwargs)
     if embed is not None and not isinstance(embed, Mapping):
         raise InvalidTaskError(f"expected embed to be a mapping, found {type(embed).__name__}")
-    limits = headers.get("timelimit")
+    _check_numbers(headers)
+
+
+def _check_numbers(source: Mapping[str, Any]) -> None:
+    limits = source.get("timelimit")
     if limits and not (
         isinstance(limits, (list, tuple)) and len(limits) == 2 and all(_is_number_or_none(limit) for limit in limits)
     ):
         raise InvalidTaskError(f"expected timelimit to be two numbers, found {limits!r:.100}")
-    if not _is_number_or_none(headers.get("retries")):
-        raise InvalidTaskError(f"expected retries to be a number, found {headers.get('retries')!r:.100}")
+    if not _is_number_or_none(source.get("retries")):
+        raise InvalidTaskError(f"expected retries to be a number, found {source.get('retries')!r:.100}")
 
 
 def _check_protocol_1(payload: Any) -> None:
@@ -116,6 +120,7 @@ def _check_protocol_1(payload: Any) -> None:
         raise InvalidTaskError(f"expected a mapping as body, found {type(payload).__name__}")
     _check_id(payload)
     _check_arguments(payload.get("args") or (), payload.get("kwargs") or {})
+    _check_numbers(payload)
 
 
 def _check_id(source: Mapping[str, Any]) -> None:

@@ -58,6 +58,8 @@ class Proxy:
         for sock in pair:
             with contextlib.suppress(OSError):
                 if reset:  # no lingering: the peer gets RST, and what was under way is lost
+                    # A thread that waits in `recv` keeps the socket open, and the peer would wait for good.
+                    sock.shutdown(socket.SHUT_RD)
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 else:
                     sock.shutdown(socket.SHUT_RDWR)

@@ -1,5 +1,8 @@
 """Long storms: ``make soak SOAK="--rounds 10 --faults 100 --messages 20000 --seed N --only redis --kills"``.
 
+``--broker-faults``: the broker's own faults instead of the workers' (with ``--kills``: workers are killed meanwhile);
+``--replay``: a replay that is killed and resumed again and again.
+
 Each round is a storm of its own, on brokers of its own. Prints a line per round and a table; exit 1 if anything was lost
 or wrongly dead-lettered, with the seed that shows it again.
 """
@@ -16,6 +19,8 @@ from uuid import uuid4
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from faults.broker_faults import BROKER_FAULTS, BrokerStorm
+from faults.replay_road import REPLAY_FAULTS, ReplayStorm
 from faults.storm import FAULTS, KILLS, Storm
 from servers import start_broker
 
@@ -28,8 +33,11 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     parser.add_argument("--only", choices=["rabbitmq", "redis"])
     parser.add_argument("--kills", action="store_true", help="kills alone, no frozen or cut-off workers")
+    road = parser.add_mutually_exclusive_group()
+    road.add_argument("--broker-faults", action="store_true", help="the broker fails; with --kills, workers are killed, too")
+    road.add_argument("--replay", action="store_true", help="the replaying tool and workers are killed")
     options = parser.parse_args()
-    rows, bad = [], 0
+    rows, bad, names = [], 0, _names(options)
     for kind in [options.only] if options.only else ["rabbitmq", "redis"]:
         broker = start_broker(kind)
         faults: Counter = Counter()
@@ -37,9 +45,7 @@ def main() -> int:
         try:
             for turn in range(options.rounds):
                 seed = options.seed + turn
-                storm = Storm(broker, f"q{uuid4().hex[:10]}", seed, options.messages, options.faults,
-                              KILLS if options.kills else FAULTS)  # fmt: skip
-                account = storm.run()
+                account = _storm(options, broker, seed).run()
                 print(json.dumps({"broker": kind, **account.as_dict()}), flush=True)
                 faults.update(account.faults)
                 total.update(messages=account.messages, lost=len(account.lost), wrong=len(account.wrong))
@@ -47,10 +53,23 @@ def main() -> int:
                 bad += len(account.lost) + len(account.wrong)
         finally:
             broker.stop()
-        rows.append([kind, *(str(faults[name]) for name in FAULTS), *(str(total[name]) for name in _TOTALS)])
-    for row in [["broker", *FAULTS, *_TOTALS], *rows]:
-        print("  ".join(cell.rjust(11) for cell in row))
+        rows.append([kind, *(str(faults[name]) for name in names), *(str(total[name]) for name in _TOTALS)])
+    for row in [["broker", *names, *_TOTALS], *rows]:
+        print("  ".join(cell.rjust(max(11, *map(len, names))) for cell in row))
     return 1 if bad else 0
+
+
+def _storm(options: argparse.Namespace, broker, seed: int) -> Storm:
+    common = broker, f"q{uuid4().hex[:10]}", seed, options.messages, options.faults
+    if options.broker_faults:
+        return BrokerStorm(*common, kills=options.kills)
+    return ReplayStorm(*common) if options.replay else Storm(*common, KILLS if options.kills else FAULTS)
+
+
+def _names(options: argparse.Namespace) -> tuple[str, ...]:
+    if options.broker_faults:
+        return (*dict.fromkeys(name for names in BROKER_FAULTS.values() for name in names), "killed_meanwhile")
+    return REPLAY_FAULTS if options.replay else FAULTS
 
 
 _TOTALS = ("messages", "lost", "wrong", "duplicates", "idle")

@@ -104,6 +104,7 @@ class Storm:
             self._publish()
             for worker in self.workers:
                 worker.start()
+            self._begin()
             for fault in self.plan:
                 self._progress()
                 self.account.idle += not self._busy()
@@ -126,6 +127,9 @@ class Storm:
         for number in range(self.messages):
             sender.task(self.queue, "storm.bad" if number % 10 == 0 else "storm.work", [number])
 
+    def _begin(self) -> None:
+        """Before the first fault."""
+
     def _progress(self) -> None:
         """Until something was done since the last fault, and a little longer, so that faults fall anywhere."""
         before, wanted = self._executions(), self.random.randrange(1, 100)
@@ -141,7 +145,7 @@ class Storm:
         for worker in self.workers:
             if not worker.alive:
                 self.account.ended += 1
-                print(f"a worker ended by itself:\n{worker.output[-4000:]}")  # pytest shows it if the test fails
+                print(f"a worker ended by itself:\n{worker.output[-1500:]}")  # pytest shows it if the test fails
                 worker.start(ready=False)
 
     def _busy(self) -> bool:
@@ -166,7 +170,12 @@ class Storm:
         worker.start(ready=False)
 
     def _kill_child(self, worker: Worker) -> None:
-        children = wait_for(lambda: _children(worker.process.pid), "a child to kill", timeout=30)
+
+        def found() -> list[int]:
+            self._supervise()  # the worker itself may have ended
+            return _children(worker.process.pid)
+
+        children = wait_for(found, "a child to kill", timeout=60)
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.random.choice(children), signal.SIGKILL)
 

@@ -34,3 +34,10 @@ def work(number):
 @app.task(name="storm.bad")
 def bad(number):
     raise ValueError(f"number {number} cannot be processed")
+
+
+@app.task(name="storm.later")
+def later(number):
+    if not os.path.exists(os.environ["DLX_STORM_FIXED"]):
+        raise ValueError(f"number {number} cannot be processed yet")
+    work(number)

@@ -14,17 +14,18 @@ import json
 import logging
 import selectors
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from time import monotonic
 from typing import Any
 
 from celery_dlx.brokers.base import Delivery
-from celery_dlx.brokers.rabbitmq.acks import AckBatch
-from celery_dlx.brokers.rabbitmq.courier import Courier, Line, Pending, reason_of
+from celery_dlx.brokers.rabbitmq.acks import write_acks
+from celery_dlx.brokers.rabbitmq.courier import Courier, Line, Pending, Recount, reason_of
 from celery_dlx.brokers.rabbitmq.declare import Declarer
 from celery_dlx.letters import DeadLetter, Death, bare_letter, compose
 from celery_dlx.policy.settings import Policy
+from celery_dlx.redaction import for_storage
 from celery_dlx.replaying import report_queue
 
 logger = logging.getLogger("celery_dlx")
@@ -37,6 +38,8 @@ _LOOK_EVERY = 1.0
 _WRITE_AGAIN = 0.02
 #: Where waiting is allowed, a broker that does not read for this long, in seconds, is taken to be gone.
 _WRITE_TIMEOUT = 5.0
+#: How long a loop that runs tasks itself waits for confirms, in seconds.
+_CONFIRM_NOW = 2.0
 #: How long a letter may wait for company, in seconds; and with how many unconfirmed others one may whose original waits.
 _LINGER, _BUSY = 0.02, 2
 
@@ -58,16 +61,16 @@ class RabbitMQCapturer:
         self._timer_entry: Any = None
         self._scheduled = False
         self._writing = False
-        #: Confirms are being read: what they allow to be acknowledged is collected.
-        self._reading = False
-        self._acks = AckBatch()
         self._connecting = False
         self._closing = threading.Event()
         self._arrived = threading.Event()
         self._server: threading.Thread | None = None
 
     def compose(self, delivery: Delivery, death: Death) -> DeadLetter:
-        return compose(death, delivery.original(), self._policy.dlq(death.queue))
+        letter = compose(death, delivery.original(), self._policy.dlq(death.queue))
+        if delivery.settings.redact_stored:
+            for_storage(letter, delivery.settings.redact)
+        return letter
 
     def compose_bare(self, delivery: Delivery, death: Death) -> DeadLetter:
         return bare_letter(death, delivery.original(), self._policy.dlq(death.queue))
@@ -79,6 +82,31 @@ class RabbitMQCapturer:
             return
         self._serve_aside()
 
+    def count_return(self, delivery: Delivery, alive: Callable[[], bool], done: Callable[[bool], None]) -> bool:
+        if not self._courier.counts_returns:
+            return False
+        self._courier.add(Recount(delivery.queue, delivery.original(), delivery.deliveries - 1, alive, done))
+        if self._hub is None:
+            self._serve_aside()
+        elif not self.eager or not self._confirm_now():
+            self._schedule()
+        return True
+
+    def _confirm_now(self) -> bool:
+        """Wait a moment for confirms; whether all came. Where tasks run on this loop, a copy must not run before its
+        original went: whoever kills the worker then would leave two of them.
+        """
+        line, deadline = self._courier.line, monotonic() + _CONFIRM_NOW
+        if line is None or self._courier.needs_new_line or self._writing or line.pipeline.waiting():
+            return False  # what the broker did not confirm in time is not waited for again, message by message
+        self._guarded(self._publish)
+        while self._courier.line is line and line.pipeline.unconfirmed and (left := deadline - monotonic()) > 0:
+            with selectors.DefaultSelector() as selector:
+                selector.register(line.sock, selectors.EVENT_READ)
+                if selector.select(left):
+                    self._guarded(line.pipeline.read_some)
+        return not self._courier.busy
+
     def _serve_aside(self) -> None:
         """No loop, now (the pool drains at shutdown; a reconnect) or ever (gevent, eventlet): somebody else must do it."""
         self._arrived.set()
@@ -86,10 +114,8 @@ class RabbitMQCapturer:
             self._server = threading.Thread(target=self._serve, name="celery-dlx-capture", daemon=True)
             self._server.start()
 
-    def acknowledge(self, message: Any) -> bool:
-        if self._reading:
-            self._acks.add(message)
-        return self._reading
+    def acknowledge(self, messages: Sequence[Any]) -> None:
+        write_acks(messages)
 
     def report(self, replay: str, outcome: dict[str, Any]) -> None:
         self._courier.note(report_queue(replay), json.dumps(outcome).encode())
@@ -169,12 +195,7 @@ class RabbitMQCapturer:
     def _on_readable(self) -> None:
         line = self._courier.line
         if line is not None:
-            self._reading = True
-            try:
-                self._guarded(partial(line.pipeline.read_some, once=True))
-            finally:
-                self._reading = False
-                self._acks.write()
+            self._guarded(partial(line.pipeline.read_some, once=True))
             if self._courier.needs_new_line:
                 self._schedule()
 
@@ -292,6 +313,7 @@ class RabbitMQCapturer:
         """On the thread that ran the loop, now ended: publish and wait. Returns how many letters are not stored."""
         deadline = monotonic() + timeout
         courier = self._courier
+        courier.forget_recounts()
         # Notes are worth one try, letters all the time there is.
         while (courier.open_letters or (courier.notes and courier.line)) and (left := deadline - monotonic()) > 0:
             if not self._pump(min(left, 0.5)):

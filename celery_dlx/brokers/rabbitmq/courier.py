@@ -11,20 +11,23 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Any
 
-from amqp.exceptions import ChannelError, NotFound
+from amqp.exceptions import AccessRefused, ChannelError, NotFound
 
 from celery_dlx.brokers.rabbitmq.declare import Declarer
 from celery_dlx.brokers.rabbitmq.framing import HeadersTooLargeError
 from celery_dlx.brokers.rabbitmq.letters import at_rest, bare
 from celery_dlx.brokers.rabbitmq.pipeline import REFUSED, RETURNED, STORED, ConfirmPipeline
+from celery_dlx.brokers.rabbitmq.returns import copy_of
 from celery_dlx.errors import TopologyError
-from celery_dlx.letters import DeadLetter
+from celery_dlx.letters import DeadLetter, Original
 from celery_dlx.policy.settings import Policy
 
 logger = logging.getLogger("celery_dlx")
 
 #: Without a confirm for this long, in seconds, an original that can still be settled is left to the broker's own net.
 GIVE_UP_AFTER = 30.0
+#: A message that came back and could not be counted for so long, in seconds, is used as it is.
+_RECOUNT_WITHIN = 5.0
 #: Notes kept while there is no line.
 _MAX_NOTES = 10_000
 #: The same publish is tried this often when the broker answers and refuses (no route, nack).
@@ -51,10 +54,27 @@ class Pending:
         self.since = self.sent = monotonic()
 
 
+class Recount:
+    """A message of a classic queue that came back, on its way there once more, with its count.
+
+    ``done(False)``, on any doubt: then the original is used, uncounted.
+    """
+
+    __slots__ = ("alive", "done", "key", "original", "queue", "returns", "sent")
+
+    def __init__(
+        self, queue: str, original: Original, returns: int, alive: Callable[[], bool], done: Callable[[bool], None]
+    ) -> None:
+        self.queue, self.original, self.returns = queue, original, returns
+        self.alive, self.done = alive, done
+        self.key = ""
+        self.sent = monotonic()
+
+
 class Line:
     """An open connection to the broker, ready to publish on."""
 
-    def __init__(self, connection: Any, on_outcome: Callable[[Pending, str], None]) -> None:
+    def __init__(self, connection: Any, on_outcome: Callable[[Any, str], None]) -> None:
         self.connection = connection
         self.pipeline = ConfirmPipeline(connection.connection, on_outcome, notes=True)
         self.sock = connection.connection.sock
@@ -76,6 +96,11 @@ class Courier:
         self._policy = policy
         self._declarer = declarer
         self._waiting: deque[Pending] = deque()
+        self._recounts: deque[Recount] = deque()
+        #: Sent over a line that broke, and when that was.
+        self._lost: list[tuple[float, Recount]] = []
+        #: Until the broker refuses it.
+        self.counts_returns = True
         self.notes: deque[tuple[str, bytes]] = deque(maxlen=_MAX_NOTES)
         self.line: Line | None = None
         #: Attempts in a row after which nothing was stored.
@@ -83,8 +108,16 @@ class Courier:
         #: Queues whose dead-letter topology must be declared again before the next line is used.
         self._suspect: set[str] = set()
 
-    def add(self, pending: Pending) -> None:
-        self._waiting.append(pending)
+    def add(self, pending: Pending | Recount) -> None:
+        if isinstance(pending, Recount):
+            self._recounts.append(pending)
+        else:
+            self._waiting.append(pending)
+
+    def forget_recounts(self) -> None:
+        """The worker stops: what was not sent stays with the broker."""
+        self._recounts.clear()
+        self._lost.clear()
 
     def note(self, queue: str, body: bytes) -> None:
         """Something to tell, published with the letters: lost if the line breaks, or if nobody listens any more."""
@@ -93,7 +126,8 @@ class Courier:
     @property
     def open_letters(self) -> int:
         """Letters that are neither stored nor given up."""
-        return len(self._waiting) + (self.line.pipeline.unconfirmed if self.line else 0)
+        recounts = len(self._recounts) + len(self._lost)
+        return len(self._waiting) + recounts + (self.line.pipeline.unconfirmed if self.line else 0)
 
     @property
     def busy(self) -> bool:
@@ -126,8 +160,16 @@ class Courier:
         logger.error("dead letters cannot be published, trying again: %s", reason_of(exc))
         if line is None:
             return
-        self._waiting.extend(line.pipeline.waiting())
+        unconfirmed = line.pipeline.waiting()
+        self._waiting.extend(each for each in unconfirmed if isinstance(each, Pending))
+        recounts = [each for each in unconfirmed if isinstance(each, Recount)]
         line.close()
+        if isinstance(exc, AccessRefused) and recounts:
+            logger.warning("what comes back to classic queues is not counted: %s", reason_of(exc))
+            self.counts_returns = False
+        # They may have arrived. Their originals are not used at once: often their own connection ended, too, which is not
+        # known yet, and the broker has them back.
+        self._lost += [(monotonic(), recount) for recount in recounts]
         if isinstance(exc, ChannelError):
             # The broker closed the channel: no such exchange, no permission to publish to it, or one bad letter.
             for pending in self._waiting:
@@ -146,6 +188,8 @@ class Courier:
                 self.line.pipeline.tell(queue, body)
             except Exception:
                 logger.exception("an outcome was not told")
+        while self._recounts:
+            self._send_again(self.line, self._recounts.popleft())
         while self._waiting:
             pending = self._waiting.popleft()
             if pending.alive is not None and not pending.alive():
@@ -166,12 +210,29 @@ class Courier:
         now = monotonic()
         if self.line is not None and any(now - pending.sent > GIVE_UP_AFTER for pending in self.line.pipeline.oldest()):
             raise TimeoutError(f"no confirm for {GIVE_UP_AFTER:.0f}s; is the broker under a memory or disk alarm?")
+        while self._recounts and now - self._recounts[0].sent > _RECOUNT_WITHIN:
+            self._finish(self._recounts.popleft(), False)
+        while self._lost and now - self._lost[0][0] > _RECOUNT_WITHIN:
+            self._finish(self._lost.pop(0)[1], False)
         for _ in range(len(self._waiting)):
             pending = self._waiting.popleft()
             if pending.fallback and now - pending.since > GIVE_UP_AFTER:
                 self._finish(pending, False)
             else:
                 self._waiting.append(pending)
+
+    def _send_again(self, line: Line, recount: Recount) -> None:
+        copied = copy_of(recount.original, recount.returns, line.user) if recount.alive() else None
+        if copied is None:
+            self._finish(recount, False)
+            return
+        message, recount.key = copied
+        recount.sent = monotonic()
+        try:
+            line.pipeline.publish(recount, message, "", recount.queue)
+        except Exception as exc:  # noqa: BLE001 - headers that py-amqp cannot write, or too many for one frame
+            logger.info("a message of %r that came back is not counted: %s", recount.queue, reason_of(exc))
+            self._finish(recount, False)
 
     def _encode(self, line: Line, pending: Pending) -> None:
         letter, exchange = pending.letter, self._policy.exchange
@@ -192,7 +253,10 @@ class Courier:
             # An original that is not settled yet stays so, and comes again; one that was acknowledged early has no copy.
             logger.critical("letter %s of queue %r cannot be encoded: %s", pending.key, letter.queue, reason_of(exc))
 
-    def _on_outcome(self, pending: Pending, outcome: str) -> None:
+    def _on_outcome(self, pending: Pending | Recount, outcome: str) -> None:
+        if isinstance(pending, Recount):
+            self._finish(pending, outcome == STORED)
+            return
         if outcome == STORED:
             self.failures = 0
             self._finish(pending, True)
@@ -227,11 +291,11 @@ class Courier:
             self._suspect.discard(queue)
 
     @staticmethod
-    def _finish(pending: Pending, stored: bool) -> None:
+    def _finish(pending: Pending | Recount, stored: bool) -> None:
         try:
             pending.done(stored)
         except Exception:
-            logger.exception("settling letter %s failed", pending.key)
+            logger.exception("settling %s failed", pending.key)
 
 
 def reason_of(exc: BaseException) -> str:

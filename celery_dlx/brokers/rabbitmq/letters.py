@@ -10,32 +10,50 @@ import amqp
 from amqp.serialization import decode_properties_basic
 
 from celery_dlx.brokers.rabbitmq.framing import encode_properties, encode_table
+from celery_dlx.brokers.rabbitmq.returns import BROKER_COUNTERS, RETURNS, route_of
 from celery_dlx.errors import UsageError
 from celery_dlx.letters import HEADER, DeadLetter, Original, clip, read_broker_death, read_record
 from celery_dlx.policy.settings import Policy
 from celery_dlx.replaying import revive_expiration, revive_headers
 
-#: Added by quorum queues at delivery: not the producer's.
-_COUNTERS = ("x-delivery-count", "x-acquired-count")
+#: Added on the way: not the producer's.
+_COUNTERS = (*BROKER_COUNTERS, RETURNS)
 #: Room left in the header frame for what we do not measure, in bytes (frame overhead and the method's own arguments).
 _HEADROOM = 1024
 #: Lengths a traceback is cut to, in characters, until it fits: a frame is 128 KiB by default, and may be 8 KiB.
 _CUTS = (16_384, 8_192, 2_048, 512, 0)
 
 
-def original_of(raw: amqp.Message) -> Original:
-    """What the producer sent, out of a delivered message."""
+def decode_body(raw: amqp.Message) -> bytes | None:
+    """Do what py-amqp does where a channel's ``auto_decode`` is on; returns the body's bytes if encoding it again may
+    give others (a byte order mark left out, another way to write a character).
+    """
+    encoding = raw.properties.get("content_encoding")
+    body = raw.body
+    if not encoding or not isinstance(body, bytes):
+        return None
+    try:
+        raw.body = body.decode(encoding)
+    except Exception:  # noqa: BLE001 - as py-amqp does: a codec may raise anything
+        return None
+    return None if encoding.lower() in ("utf-8", "utf8") else body
+
+
+def original_of(raw: amqp.Message, exact: bytes | None = None) -> Original:
+    """What the producer sent, out of a delivered message. ``exact``: its body, where the message has it no more."""
     headers = raw.properties.get("application_headers") or {}
     info = raw.delivery_info or {}
-    if "x-delivery-count" in headers or "x-acquired-count" in headers:
+    route = route_of(headers)
+    if any(name in headers for name in _COUNTERS):
         headers = {key: value for key, value in headers.items() if key not in _COUNTERS}
-    body = raw.body
+    exchange, routing_key = route or (info.get("exchange") or "", info.get("routing_key") or "")
+    body = raw.body if exact is None else exact
     return Original(
         body=body.encode("utf-8", "surrogateescape") if isinstance(body, str) else bytes(body or b""),
         headers=headers,
         properties={key: value for key, value in raw.properties.items() if key != "application_headers"},
-        exchange=info.get("exchange") or "",
-        routing_key=info.get("routing_key") or "",
+        exchange=exchange,
+        routing_key=routing_key,
     )
 
 
@@ -69,7 +87,10 @@ def at_rest(letter: DeadLetter, user: str | None, frame_max: int | None = None) 
 
 def bare(letter: DeadLetter) -> amqp.Message:
     """The body alone with the shortest record: for an original whose headers cannot be encoded again."""
-    record = {"v": 1, "id": letter.id, "reason": letter.reason, "queue": letter.queue, "died_at": letter.died_at}
+    record: dict[str, Any] = {"v": 1, "id": letter.id, "reason": letter.reason, "queue": letter.queue}
+    record["died_at"] = letter.died_at
+    if letter.redacted:
+        record["redacted"] = letter.redacted
     return amqp.Message(letter.original.body, application_headers={HEADER: record}, delivery_mode=2)
 
 
@@ -85,7 +106,7 @@ def _fit(record: dict[str, Any], room: int) -> dict[str, Any]:
         }
         if len(encode_table(record)) <= room:
             return record
-    record = {key: record[key] for key in ("v", "id", "reason", "queue", "died_at", "replays") if key in record}
+    record = {key: record[key] for key in ("v", "id", "reason", "queue", "died_at", "replays", "redacted") if key in record}
     if len(encode_table(record)) <= room:
         return record
     raise ValueError(f"{room} bytes left for the record in the header frame")
@@ -102,7 +123,11 @@ def letter_of(raw: amqp.Message, queue: str, dlq: str) -> DeadLetter:
         letter = read_record(record, original, dlq)
         letter.queue = letter.queue or queue
         return letter
-    return read_broker_death(original.headers, original, dlq, queue)
+    letter = read_broker_death(original.headers, original, dlq, queue)
+    route = route_of(raw.properties.get("application_headers") or {})
+    if route is not None:  # what the broker noted is how its copy came
+        letter.original.exchange, letter.original.routing_key = route
+    return letter
 
 
 def exported(raw: amqp.Message, letter: DeadLetter, queue: str) -> dict[str, Any]:
@@ -130,6 +155,7 @@ def imported(line: Mapping[str, Any], policy: Policy) -> tuple[amqp.Message, Dea
     try:
         properties, _ = decode_properties_basic(base64.b64decode(line["properties"], validate=True), 0)
         body = base64.b64decode(line["body"], validate=True)
+        line["queue"].encode()  # lone surrogates name no queue
     except Exception as exc:  # noqa: BLE001 - a decoder over a stranger's bytes
         raise UsageError(f"letter {line['id']}: not as it was exported ({type(exc).__name__})") from None
     message = amqp.Message(body, **properties)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import ssl
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import amqp
@@ -13,6 +13,8 @@ from amqp import spec
 from kombu.transport.pyamqp import Channel
 
 from celery_dlx.brokers.rabbitmq.framing import publish_frames
+from celery_dlx.brokers.rabbitmq.returns import RETURNS
+from celery_dlx.letters import HEADER
 
 logger = logging.getLogger("celery_dlx")
 
@@ -179,6 +181,7 @@ class ConfirmPipeline:
 
 
 def return_key(message: Any) -> str:
-    """What tells a returned message apart: our record's id, or the lineage of a replay."""
-    header = (message.properties.get("application_headers") or {}).get("x-celery-dlx") or {}
-    return str(header.get("id") or header.get("last") or "")
+    """What tells a returned message apart: a counted copy's key, our record's id, or the lineage of a replay."""
+    headers = message.properties.get("application_headers") or {}
+    header = next((each for each in map(headers.get, (RETURNS, HEADER)) if isinstance(each, Mapping)), {})
+    return str(header.get("key") or header.get("id") or header.get("last") or "")

@@ -55,6 +55,7 @@ class Reader:
             self._consume(channel, PER_CHANNEL if few is None else min(few, PER_CHANNEL))
 
     def _consume(self, channel: Any, most: int = PER_CHANNEL) -> None:
+        channel.auto_decode = False  # bodies byte for byte
         self._open[channel] = set()
         self._window[channel] = max(min(self.depth, most), 1)
         channel.basic_qos(0, self._window[channel], False)

@@ -9,6 +9,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
+from heapq import heappop, heappush
 from itertools import islice
 from time import monotonic
 from typing import Any
@@ -27,6 +28,7 @@ from celery_dlx.errors import ReplayError, UnsafeQueueError
 from celery_dlx.letters import DeadLetter
 from celery_dlx.policy.settings import BUILT_IN, Policy
 from celery_dlx.replaying import REPORT_SECONDS, read_report, report_queue
+from celery_dlx.selection import Selection
 from celery_dlx.topology.arguments import dlq_arguments, version_tuple
 from celery_dlx.topology.plan import finite_delivery_limit
 
@@ -111,6 +113,9 @@ class RabbitMQBroker:
 
     def _browse(self, queue: str, match: Match | None, limit: int | None) -> list[DeadLetter]:
         dlq = self._policy.dlq(queue)
+        page = match if isinstance(match, Selection) else Selection(lambda letter: True)
+        if page.newest:
+            return self._newest(self._reader(queue, dlq), queue, dlq, page, limit)
         few = None if limit is None else max(limit, 1 if match is None else WINDOW)
         reader = self._reader(queue, dlq, few=few)
         if reader.depth > PER_CHANNEL * CHANNELS:
@@ -119,15 +124,38 @@ class RabbitMQBroker:
             )
         found: list[DeadLetter] = []
         try:
+            passed = page.after is None
             for raw in reader:
                 letter = letter_of(raw, queue, dlq)
-                if match is None or match(letter):
+                if not passed:
+                    passed = letter.id == page.after
+                elif match is None or match(letter):
                     found.append(letter)
                     if limit is not None and len(found) >= limit:
                         break
         finally:
             reader.close()
         return found
+
+    @staticmethod
+    def _newest(reader: Reader, queue: str, dlq: str, page: Selection, limit: int | None) -> list[DeadLetter]:
+        """By the time of death, which is not always the queue's order: clocks differ, and letters are imported."""
+        kept: list[tuple[int, int, DeadLetter]] = []
+        passed = False
+        try:
+            for position, raw in enumerate(reader):
+                letter = letter_of(raw, queue, dlq)
+                if page.after is not None:
+                    passed = passed or letter.id == page.after
+                    if letter.died_at > page.after_died or (letter.died_at == page.after_died and passed):
+                        continue  # on the pages before
+                if page(letter):
+                    heappush(kept, (letter.died_at, position, letter))
+                    if limit is not None and len(kept) > limit:
+                        heappop(kept)
+        finally:
+            reader.close()
+        return [letter for _, _, letter in sorted(kept, reverse=True)]
 
     def _reader(self, queue: str, dlq: str, connection: Any = None, few: int | None = None) -> Reader:
         """A reader of a DLQ that can be read without harm.
@@ -162,6 +190,12 @@ class RabbitMQBroker:
             "more often than that are deleted by the broker. Run `celery -A APP dlx topology apply` with a management API "
             "configured, or insist with --force"
         )
+
+    def groups(self, queue: str, match: Match) -> None:
+        """A queue counts nothing but its length."""
+
+    def select(self, queue: str, match: Match) -> None:
+        """A queue tells nothing of letters that are not read."""
 
     def get(self, queue: str, letter_id: str) -> DeadLetter | None:
         return next(self.browse(queue, lambda letter: letter.id == letter_id, 1), None)
@@ -198,9 +232,15 @@ class RabbitMQBroker:
                 continue
             to = run.to or letter.queue
             try:
+                if run.edit is not None:
+                    run.edit(letter)
                 message, changes = revived(letter, user, run.replay)
                 # Through the default exchange: the original one may fan out to queues that had no part in this death.
                 pipeline.publish(_InFlight(letter, raw, changes, to), message, "", to)
+            except ReplayError as exc:
+                failed.append(_InFlight(letter, raw, [], to))
+                failed[-1].outcome = str(exc)
+                continue
             except Exception as exc:  # noqa: BLE001 - this one cannot be sent; the others can
                 failed.append(_InFlight(letter, raw, [], to))
                 failed[-1].outcome = f"it cannot be encoded ({exc})"

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import base64
-import json
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
-from math import isfinite
+from math import inf, isfinite
 from typing import Any
 
 import redis
 
 from celery_dlx.brokers.base import Match, QueueStats, Replayed, Run, wants_bodies
-from celery_dlx.brokers.redis.letters import letter_of, parse_item, revived
-from celery_dlx.brokers.redis.store import LetterStore, is_full
-from celery_dlx.errors import BrokerUnreachableError, StoreFullError, UsageError
+from celery_dlx.brokers.redis.letters import letter_of, read_fields, revived
+from celery_dlx.brokers.redis.store import Cause, Found, LetterStore, Span, bytes_of, is_full
+from celery_dlx.errors import BrokerUnreachableError, ReplayError, StoreFullError, UnknownLetterError, UsageError
+from celery_dlx.groups import TREND, Group, Groups, group_of
 from celery_dlx.letters import DeadLetter
 from celery_dlx.policy.settings import Policy
 from celery_dlx.replaying import read_report
+from celery_dlx.selection import Selection
+
+logger = logging.getLogger("celery_dlx")
 
 #: Letters moved or deleted by one script: the server does nothing else meanwhile.
 _BATCH = 100
+#: Letters read at once by their ids.
+_PAGE = 500
+#: Fingerprints that are read side by side.
+_MOST_CAUSES = 50
 
 
 class RedisBroker:
@@ -58,13 +66,127 @@ class RedisBroker:
         return self._store.announced()
 
     def browse(self, queue: str, match: Match | None = None, limit: int | None = None) -> Iterator[DeadLetter]:
+        found = self._search(queue, match, bodies=wants_bodies(match))
+        return islice((letter for _, letter in found), limit)
+
+    def _search(
+        self, queue: str, match: Match | None, *, bodies: bool, last: float = inf
+    ) -> Iterator[tuple[Found, DeadLetter]]:
+        """Matching letters; of those that cannot match as few are read as the test allows."""
         dlq = self._policy.dlq(queue)
-        bodies = wants_bodies(match)
-        letters = (
-            self._named(letter_of(record, (item or b"") if bodies else None, score, dlq), letter_id, queue)
-            for letter_id, score, record, item in self._store.pages(queue, bodies=bodies)
-        )
-        return islice((letter for letter in letters if match is None or match(letter)), limit)
+        for found in self._candidates(queue, match, bodies, last):
+            letter = letter_of(found.record, (found.item or b"") if bodies else None, found.score, dlq)
+            letter.id, letter.queue = found.id, letter.queue or queue
+            if match is None or match(letter):
+                yield found, letter
+
+    def select(self, queue: str, match: Match) -> Iterator[tuple[str, str]] | None:
+        if not isinstance(match, Selection) or not match.causes_only:
+            return None
+        known = self._store.causes(queue)
+        if known is None or any(not cause.fingerprint for cause in known):
+            return None
+        wanted = known
+        if match.cause is not None:
+            examples = self._examples(queue, known)
+            if len(examples) < len(known):
+                return None  # one left meanwhile: nobody knows whether the others of its cause match
+            wanted = [cause for cause in known if match.cause(examples[cause])]
+        if len(wanted) > _MOST_CAUSES:
+            return None
+        return self._store.ids(queue, [cause.fingerprint for cause in wanted])
+
+    def _candidates(self, queue: str, match: Match | None, bodies: bool, last: float) -> Iterator[Found]:
+        selected = match if isinstance(match, Selection) else Selection(lambda letter: True)
+        if selected.ids is None:
+            first = -inf if selected.first is None else selected.first
+            # The fraction of a millisecond is not looked at.
+            last = last if selected.last is None else min(last, selected.last + 0.9999)
+            span = Span(first, last, selected.newest, self._position(queue, selected.after))
+            yield from self._store.pages(queue, span, bodies=bodies, causes=self._causes(queue, selected))
+            return
+        for scores in self._scores(queue, selected):
+            for start in range(0, len(scores), _PAGE):
+                yield from self._store.some(queue, scores[start : start + _PAGE], bodies=bodies)
+
+    def _position(self, queue: str, letter_id: str | None) -> tuple[float, str] | None:
+        if letter_id is None:
+            return None
+        score = dict(self._store.scores(queue, [letter_id])).get(bytes_of(letter_id))
+        if score is None:
+            raise UnknownLetterError(f"letter {letter_id} left its DLQ: what comes after it cannot be told")
+        return score, letter_id
+
+    def _scores(self, queue: str, selected: Selection) -> Iterator[list[tuple[bytes, float]]]:
+        """Which of the ids are there, in the order of their deaths: a list has it already, nearly."""
+        ids = selected.ids or ()
+        chosen, found = iter(ids), []
+        ordered = isinstance(ids, list) and not selected.newest and selected.after is None
+        while chunk := list(islice(chosen, _PAGE)):
+            scores = sorted(self._store.scores(queue, chunk), key=lambda pair: (pair[1], pair[0]))
+            if ordered:
+                yield scores
+            else:
+                found += scores
+        span = Span(newest=selected.newest, after=self._position(queue, selected.after))
+        found.sort(key=lambda pair: (pair[1], pair[0]), reverse=span.newest)
+        position = None if span.after is None else (span.after[0], bytes_of(span.after[1]))
+        yield [each for each in found if span.beyond(position, each)]
+
+    def _causes(self, queue: str, selected: Selection) -> list[str] | None:
+        """Fingerprints whose letters may match; ``None``: look at all letters."""
+        known = self._store.causes(queue) if selected.cause is not None else None
+        if known is None or selected.cause is None:
+            return None
+        examples = self._examples(queue, known)
+        chosen = [
+            cause.fingerprint
+            for cause in known
+            # Letters without one have nothing in common.
+            if not cause.fingerprint or (example := examples.get(cause)) is None or selected.cause(example)
+        ]
+        return chosen if len(chosen) <= _MOST_CAUSES else None
+
+    def _examples(self, queue: str, causes: list[Cause]) -> dict[Cause, DeadLetter]:
+        """The newest letter of each cause, if it did not leave meanwhile."""
+        found: dict[Cause, DeadLetter] = {}
+        for start in range(0, len(causes), _PAGE):
+            page = causes[start : start + _PAGE]
+            read = self._store.some(queue, [cause.newest for cause in page], bodies=False)
+            for cause, each in zip(page, read, strict=True):
+                if each.record is not None:
+                    found[cause] = letter_of(each.record, None, each.score, self._policy.dlq(queue))
+                    found[cause].id = each.id
+        return found
+
+    def groups(self, queue: str, match: Match) -> list[Group] | None:
+        if not isinstance(match, Selection) or not match.causes_only:
+            return None
+        known = self._store.causes(queue)
+        if known is None:
+            return None
+        examples = self._examples(queue, known)
+        if len(examples) < len(known):
+            return None
+        recent = self._store.recent(queue, [cause.fingerprint for cause in known], TREND)
+        groups = Groups()
+        for cause, (last_hour, hour_before) in zip(known, recent, strict=True):
+            example = examples[cause]
+            if cause.fingerprint and match.cause is not None and not match.cause(example):
+                continue
+            if not cause.fingerprint:  # nothing in common
+                for found in self._store.pages(queue, Span(), bodies=False, causes=[""]):
+                    letter = letter_of(found.record, None, found.score, self._policy.dlq(queue))
+                    letter.id = found.id
+                    if match(letter):
+                        groups.add(letter)
+                continue
+            group = group_of(example)
+            group.count, group.first_seen, group.last_seen = cause.letters, int(cause.oldest), int(cause.newest[1])
+            group.example, group.message = example.id, (example.exception or {}).get("message", "")[:200]
+            group.last_hour, group.hour_before = last_hour, hour_before
+            groups.merge([group])
+        return groups.sorted()
 
     def get(self, queue: str, letter_id: str) -> DeadLetter | None:
         """One letter with its message, without a scan."""
@@ -72,51 +194,63 @@ class RedisBroker:
         if found is None:
             return None
         score, record, item = found
-        return self._named(letter_of(record, item or b"", score, self._policy.dlq(queue)), letter_id, queue)
-
-    @staticmethod
-    def _named(letter: DeadLetter, letter_id: str, queue: str) -> DeadLetter:
+        letter = letter_of(record, item or b"", score, self._policy.dlq(queue))
         letter.id, letter.queue = letter_id, letter.queue or queue
         return letter
 
     def replay(self, queue: str, match: Match, limit: int | None = None, run: Run | None = None) -> Iterator[Replayed]:
         dlq, run = self._policy.dlq(queue), run or Run()
         size = min(run.batch or _BATCH, _BATCH)
-        chosen = islice(self._matching(queue, match, size), limit)
+        chosen = islice(self._with_messages(queue, match, size), limit)
+        unfit: list[str] = []
         while not run.stop() and (batch := list(islice(chosen, size))):
-            found: dict[str, Replayed] = {}
+            replayed: dict[str, Replayed] = {}
             moves = []
-            for letter_id, score, record, item in batch:
-                letter = self._named(letter_of(record, item or b"", score, dlq), letter_id, queue)
-                message, changes = revived(item or b"", letter, run.replay)
+            for found, letter in batch:
+                if found.item is None:
+                    logger.warning("letter %s of %r has no message to replay: somebody deleted it", found.id, dlq)
+                    continue
+                try:
+                    if run.edit is not None:
+                        run.edit(letter)
+                except ReplayError as exc:
+                    unfit.append(str(exc))
+                    continue
+                message, changes, parsed = revived(found.item, letter, run.replay)
                 to = run.to or letter.queue
-                moves.append((letter_id, score, self._list_key(to, message), message))
-                found[letter_id] = Replayed(letter, to, changes)
+                moves.append((found.id, found.score, self._list_key(to, parsed or {}), message))
+                replayed[found.id] = Replayed(letter, to, changes)
             try:
-                moved = self._store.replay(queue, moves)
+                moved = self._store.replay(queue, moves) if moves else set()
             except redis.exceptions.ResponseError as exc:
                 raise _full(exc, f"{len(moves)} letters stay in {dlq!r}") from exc
-            yield from (replayed for letter_id, replayed in found.items() if letter_id in moved)
+            yield from (each for letter_id, each in replayed.items() if letter_id in moved)
+        if unfit:
+            raise ReplayError(f"{unfit[0]}{f' (and {len(unfit) - 1} more)' * (len(unfit) > 1)}")
 
-    def _matching(self, queue: str, match: Match, size: int) -> Iterator[tuple[str, float, bytes | None, bytes | None]]:
-        dlq = self._policy.dlq(queue)
-        # All that is there now, not what replays put back meanwhile.
-        if wants_bodies(match):
-            ids = {letter.id for letter in self.browse(queue, match)}
-            match = lambda letter: letter.id in ids  # noqa: E731
-        snapshot = list(self._store.pages(queue, bodies=False))
-        for start in range(0, len(snapshot), size):
-            wanted = []
-            for letter_id, score, record, _ in snapshot[start : start + size]:
-                if match(self._named(letter_of(record, None, score, dlq), letter_id, queue)):
-                    wanted.append((letter_id, score, record))
-            items = self._store.payloads(queue, [letter_id for letter_id, _, _ in wanted])
-            for (letter_id, score, record), item in zip(wanted, items, strict=True):
-                if item is not None:  # else it left meanwhile
-                    yield letter_id, score, record, item
+    def _with_messages(self, queue: str, match: Match, size: int) -> Iterator[tuple[Found, DeadLetter]]:
+        """Matching letters with what their producers sent; those that lie there now, not what dies again meanwhile."""
+        newest = self._store.newest(queue)
+        if newest is None:
+            return
+        # Where nearly all that is read will match, messages are read with it.
+        every = isinstance(match, Selection) and (match.ids is not None or match.causes_only)
+        if every or wants_bodies(match):
+            for found, letter in self._search(queue, match, bodies=True, last=newest):
+                if found.item is not None or self._store.scores(queue, [found.id]):
+                    yield found, letter
+            return
+        chosen = self._search(queue, match, bodies=False, last=newest)
+        while batch := list(islice(chosen, size)):
+            items = self._store.payloads(queue, [found.id for found, _ in batch])
+            for (found, letter), item in zip(batch, items, strict=True):
+                if item is not None or self._store.scores(queue, [found.id]):  # else it left meanwhile
+                    whole = letter_of(found.record, item or b"", found.score, letter.dlq)
+                    whole.id, whole.queue = letter.id, letter.queue
+                    yield found._replace(item=item), whole
 
-    def _list_key(self, queue: str, message: bytes) -> str:
-        return str(self._connection.default_channel.dlx_list_key(queue, parse_item(message) or {}))
+    def _list_key(self, queue: str, payload: dict[str, Any]) -> str:
+        return str(self._connection.default_channel.dlx_list_key(queue, payload))
 
     def watch(self, replay: str) -> None:
         """Nothing to prepare: workers make the list."""
@@ -127,15 +261,18 @@ class RedisBroker:
         return [read_report(report) for report in found]
 
     def export(self, queue: str, match: Match, limit: int | None = None) -> Iterator[dict[str, Any]]:
-        for letter_id, score, record, item in islice(self._matching(queue, match, _BATCH), limit):
+        for found, _ in islice(self._with_messages(queue, match, _BATCH), limit):
             yield {
                 "v": 1,
                 "broker": "redis",
                 "queue": queue,
-                "id": letter_id,
-                "score": repr(score),
-                "record": base64.b64encode(record or b"{}").decode(),
-                "body": base64.b64encode(item or b"").decode(),
+                "id": found.id,
+                # What cannot be read tells nothing, and importing would refuse it.
+                "score": repr(found.score if isfinite(found.score) else 0.0),
+                "record": base64.b64encode(
+                    b"{}" if not found.record or read_fields(found.record) is None else found.record
+                ).decode(),
+                "body": base64.b64encode(found.item or b"").decode(),
             }
 
     def restore(self, lines: Iterable[dict[str, Any]]) -> tuple[int, int]:
@@ -146,7 +283,7 @@ class RedisBroker:
             try:
                 score = repr(float(line["score"]))
                 record, item = (base64.b64decode(line[key], validate=True) for key in ("record", "body"))
-                if not isfinite(float(score)) or not isinstance(json.loads(record), dict):
+                if not isfinite(float(score)) or read_fields(record or b"-") is None:
                     raise ValueError
             except (KeyError, ValueError, TypeError):
                 raise UsageError(
@@ -158,7 +295,9 @@ class RedisBroker:
         return restored, present
 
     def discard(self, queue: str, match: Match, limit: int | None = None) -> Iterator[DeadLetter]:
-        chosen = iter(list(self.browse(queue, match, limit)))
+        newest = self._store.newest(queue)  # what dies meanwhile was not meant
+        found = self._search(queue, match, bodies=wants_bodies(match), last=-inf if newest is None else newest)
+        chosen = islice((letter for _, letter in found), limit)
         while batch := list(islice(chosen, _BATCH)):
             removed = self._store.discard(queue, [letter.id for letter in batch])
             yield from (letter for letter in batch if letter.id in removed)
@@ -168,7 +307,10 @@ class RedisBroker:
 
     def stats(self, queues: Iterable[str]) -> Iterator[QueueStats]:
         for queue in queues:
-            yield QueueStats(queue, self._policy.dlq(queue), self._store.count(queue), dict(self._store.counters(queue)))
+            extra: dict[str, Any] = dict(self._store.counters(queue))
+            if (evicted := self._store.evicted(queue)) and any(key.startswith("evicted_") for key in extra):
+                extra["evicted"] = evicted
+            yield QueueStats(queue, self._policy.dlq(queue), self._store.count(queue), extra)
 
 
 def _full(exc: BaseException, consequence: str) -> Exception:

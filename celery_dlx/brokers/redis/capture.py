@@ -6,17 +6,20 @@ import json
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import islice
 from time import monotonic, time
 from typing import Any
 
 import redis
 
+from celery_dlx.brokers.acks import collect
 from celery_dlx.brokers.base import Delivery
+from celery_dlx.brokers.redis.letters import with_body
 from celery_dlx.brokers.redis.store import LetterStore
 from celery_dlx.letters import DeadLetter, Death, Original, Reason, bare_letter, compose, safe_text, type_name
 from celery_dlx.policy.settings import Policy
+from celery_dlx.redaction import for_storage
 
 logger = logging.getLogger("celery_dlx")
 
@@ -45,7 +48,10 @@ class RedisCapturer:
         self._store: LetterStore | None = None
 
     def compose(self, delivery: Delivery, death: Death) -> DeadLetter:
-        return compose(death, delivery.original(), self._policy.dlq(death.queue))
+        letter = compose(death, delivery.original(), self._policy.dlq(death.queue))
+        if delivery.settings.redact_stored and for_storage(letter, delivery.settings.redact):
+            letter.original.raw = with_body(delivery.original().raw, letter.original)
+        return letter
 
     def compose_bare(self, delivery: Delivery, death: Death) -> DeadLetter:
         return bare_letter(death, delivery.original(), self._policy.dlq(death.queue))
@@ -62,8 +68,15 @@ class RedisCapturer:
             self._scheduled = True
             self._hub.call_later(_LINGER, self._turn)
 
-    def acknowledge(self, message: Any) -> bool:
-        return False
+    def acknowledge(self, messages: Sequence[Any]) -> None:
+        for channel, tags in collect(messages).items():
+            try:
+                channel.qos.ack_all(tags)
+            except Exception as exc:  # noqa: BLE001 - a broken connection is the consumer's to notice
+                logger.warning("acknowledgements were not sent, their messages come again: %s", exc)
+
+    def count_return(self, delivery: Delivery, alive: Callable[[], bool], done: Callable[[bool], None]) -> bool:
+        return False  # our transport counts
 
     def report(self, replay: str, outcome: dict[str, Any]) -> None:
         self._reports.append((replay, json.dumps(outcome)))

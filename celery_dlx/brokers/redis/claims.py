@@ -12,6 +12,8 @@ import json
 import logging
 from collections import deque
 from collections.abc import Collection, Iterable
+from itertools import groupby
+from operator import itemgetter
 from queue import Empty
 from time import monotonic
 from typing import Any
@@ -20,7 +22,7 @@ import redis
 from kombu.utils.encoding import bytes_to_str
 from kombu.utils.json import loads
 
-from celery_dlx.brokers.redis.deliveries import deliveries_key
+from celery_dlx.brokers.redis.deliveries import deliveries_key, lost_master, own_tag_text
 from celery_dlx.brokers.redis.qos import Inbound
 from celery_dlx.brokers.redis.scripts import source
 from celery_dlx.brokers.redis.waiting import Poller, Waiter
@@ -299,7 +301,7 @@ class Claims:
             inbound = self._claimed[0]
             channel._queue_cycle.rotate(inbound.queue)
             if inbound.queue not in channel.active_queues:  # cancelled meanwhile
-                channel.qos.put_back(inbound.tag, counted=False)
+                channel.qos.put_back([inbound.tag], counted=False)
                 self._claimed.popleft()
                 continue
             channel.dlx_inbound = inbound
@@ -343,36 +345,30 @@ class Claims:
         orphans = _orphans.get(self._home)
         if not orphans:
             return
-        qos = self.channel.qos
-        tags = [tag for tag, _ in orphans]
-        there = self.channel.dlx_deliveries.present(qos.unacked_key, tags)
-        for _ in tags:  # not those that are added meanwhile
-            tag, delivered = orphans[0]
-            if tag in there:
-                qos.put_back(tag, counted=delivered)
-            orphans.popleft()
+        for delivered, group in groupby(list(orphans), key=itemgetter(1)):
+            tags = [tag for tag, _ in group]
+            try:
+                self.channel.qos.put_back(tags, counted=delivered)
+            except redis.exceptions.ReadOnlyError as exc:
+                raise lost_master(exc) from exc
+            for _ in tags:
+                orphans.popleft()
 
     def orphaned(self, tags: Iterable[str], *, delivered: bool) -> None:
         """Nobody will settle these any more: the next channel to the same server puts them back."""
         _orphans.setdefault(self._home, deque()).extend((tag, delivered) for tag in tags)
+        self.look()  # a claim looks after them first
 
     def restore(self, active: Collection[str] = ()) -> None:
         """Put back what was claimed and not delivered, but for queues that are still consumed."""
-        stay: deque[Inbound] = deque()
-        while self._claimed:
-            inbound = self._claimed[0]
-            if inbound.queue in active:
-                stay.append(inbound)
-            else:
-                try:
-                    self.channel.qos.put_back(inbound.tag, counted=False)
-                except Exception as exc:  # noqa: BLE001
-                    logger.info("claimed messages are put back later: %s", exc)
-                    self.orphaned([each.tag for each in self._claimed if each.tag], delivered=False)
-                    self._claimed.clear()
-                    break
-            self._claimed.popleft()
-        self._claimed = stay
+        back = [each for each in self._claimed if each.queue not in active]
+        self._claimed = deque(each for each in self._claimed if each.queue in active)
+        tags = [each.tag for each in reversed(back) if each.tag is not None]  # the last one put back is taken first
+        try:
+            self.channel.qos.put_back(tags, counted=False)
+        except Exception as exc:  # noqa: BLE001
+            logger.info("claimed messages are put back later: %s", exc)
+            self.orphaned(tags, delivered=False)
 
     def close(self) -> None:
         """Before the channel closes, over a connection that may be gone: what waits removes nothing, and may simply end."""
@@ -395,12 +391,6 @@ class Claims:
         self._waiters.clear()
 
 
-def lost_master(exc: Exception) -> Exception:
-    """A failover made our server a replica: whoever connects anew finds the new master."""
-    lost: Exception = redis.exceptions.ConnectionError(f"the server became a read-only replica: {exc}")
-    return lost
-
-
 def _envelope(item: bytes) -> dict[str, Any]:
     payload: dict[str, Any] = loads(bytes_to_str(item))
     payload["properties"]["delivery_tag"]  # what kombu reads first
@@ -409,6 +399,6 @@ def _envelope(item: bytes) -> dict[str, Any]:
 
 def own_tag_of(item: bytes) -> str:
     try:
-        return str(_envelope(item)["properties"]["delivery_tag"])
+        return own_tag_text(_envelope(item)["properties"]["delivery_tag"])
     except Exception:  # noqa: BLE001 - garbage
         return ""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
+
+import redis
 
 from celery_dlx.brokers.redis.scripts import load
 
@@ -17,10 +19,29 @@ def deliveries_key(prefix: str, queue: str) -> str:
     return f"{prefix}dlx:{{{queue}}}:deliveries"
 
 
+def marks_key(prefix: str, queue: str, list_key: str) -> str:
+    """Which message was the newest of one of a queue's lists, at some times."""
+    return f"{prefix}dlx:{{{queue}}}:marks:{list_key}"
+
+
+def own_tag_text(tag: object) -> str:
+    """The tag a producer gave its message, as text that Redis can hold: a producer may have put anything there."""
+    return "" if tag is None else str(tag).encode("utf-8", "replace").decode()
+
+
+class Return(NamedTuple):
+    """A delivery on its way back. ``own_tag``: empty if this is not to be counted."""
+
+    tag: str
+    queue: str
+    list_key: str
+    own_tag: str
+
+
 class Deliveries:
     """Scripts over one Redis database. ``client`` must not prefix keys; ``unacked`` and ``index`` are kombu's keys."""
 
-    NAMES = ("ack", "register", "restore")
+    NAMES = ("ack", "overdue", "register", "restore")
 
     def __init__(self, client: Any, prefix: str) -> None:
         self.client = client
@@ -34,16 +55,28 @@ class Deliveries:
         """Note that an item is held; returns how often it was put back before."""
         return int(self._scripts["register"](self._keys(unacked, index, queue), [tag, item, json.dumps(queue), own_tag]))
 
-    def ack(self, unacked: str, index: str, tag: str, queue: str, own_tag: str) -> bool:
-        """Forget a delivery; ``own_tag`` only if its count must be forgotten too."""
-        return bool(self._scripts["ack"](self._keys(unacked, index, queue), [tag, own_tag]))
+    def ack(self, unacked: str, index: str, settled: Sequence[tuple[str, str, str]]) -> int:
+        """Forget deliveries (tag, queue, own tag: only if its count must be forgotten too); how many were gone already."""
+        numbers = {queue: at for at, queue in enumerate(dict.fromkeys(queue for _, queue, _ in settled), 1)}
+        keys = [self.prefix + unacked, self.prefix + index, *(deliveries_key(self.prefix, queue) for queue in numbers)]
+        arguments = [text for tag, queue, own_tag in settled for text in (tag, numbers[queue], own_tag)]
+        return int(self._scripts["ack"](keys, arguments)) if settled else 0
 
-    def held(self, unacked: str, index: str, tag: str) -> bytes | None:
-        """The entry of a delivery, if it is still unacknowledged."""
-        entry: bytes | None = self.client.hget(self.prefix + unacked, tag)
-        if entry is None:
-            self.client.zrem(self.prefix + index, tag)
-        return entry
+    def held(self, unacked: str, index: str, tags: Sequence[str]) -> list[tuple[str, bytes]]:
+        """Tags and entries of those that are still unacknowledged."""
+        found = self.client.hmget(self.prefix + unacked, list(tags)) if tags else []
+        entries = list(zip(tags, found, strict=True))
+        gone = [tag for tag, entry in entries if entry is None]
+        if gone:
+            self.client.zrem(self.prefix + index, *gone)
+        return [(tag, entry) for tag, entry in entries if entry is not None]
+
+    def overdue(self, unacked: str, index: str, seconds: float, most: int) -> tuple[list[tuple[str, bytes]], bool]:
+        """Tags and entries (empty: gone) that were not renewed for so long, newest first; whether there may be more."""
+        keys = [self.prefix + unacked, self.prefix + index]
+        found, more = self._scripts["overdue"](keys, [seconds, most])
+        tags = [tag.decode("utf-8", "replace") for tag in found[::2]]
+        return list(zip(tags, found[1::2], strict=True)), bool(more)
 
     def renew(self, index: str, tags: Sequence[str]) -> None:
         """Give deliveries a new age; those that are not unacknowledged any more stay gone."""
@@ -51,28 +84,20 @@ class Deliveries:
         self.client.zadd(self.prefix + index, dict.fromkeys(tags, now + micros / 1e6), xx=True)
 
     def restore(
-        self,
-        unacked: str,
-        index: str,
-        tag: str,
-        queue: str,
-        list_key: str,
-        own_tag: str,
-        leftmost: bool,
-        older: float | None = None,
-    ) -> bool:
-        """Put a delivery back into its list, and count it; ``False`` if somebody else did.
+        self, unacked: str, index: str, returns: Sequence[Return], *, leftmost: bool = False, older: float | None = None
+    ) -> int:
+        """Put deliveries back into their lists, in this order; how many were still there.
 
-        ``older``: only if it was not renewed for so long, in seconds by the server's clock.
+        ``older``: only those that were not renewed for so long, in seconds by the server's clock.
         """
-        keys = [*self._keys(unacked, index, queue), self.prefix + list_key]
-        arguments = [tag, "L" if leftmost else "R", own_tag, _COUNT_MEMORY, "" if older is None else older]
-        return bool(self._scripts["restore"](keys, arguments))
-
-    def present(self, unacked: str, tags: Sequence[str]) -> set[str]:
-        """Those that are still unacknowledged."""
-        found = self.client.hmget(self.prefix + unacked, list(tags)) if tags else []
-        return {tag for tag, entry in zip(tags, found, strict=True) if entry is not None}
+        pairs = {pair: at for at, pair in enumerate(dict.fromkeys((each.queue, each.list_key) for each in returns), 1)}
+        keys = [self.prefix + unacked, self.prefix + index]
+        for queue, list_key in pairs:
+            keys += [deliveries_key(self.prefix, queue), self.prefix + list_key, marks_key(self.prefix, queue, list_key)]
+        arguments: list[Any] = ["L" if leftmost else "R", _COUNT_MEMORY, "" if older is None else older]
+        for each in returns:
+            arguments += [each.tag, pairs[each.queue, each.list_key], each.own_tag]
+        return int(self._scripts["restore"](keys, arguments)) if returns else 0
 
     def counts(self, queue: str, own_tags: Sequence[str]) -> list[tuple[int, int]]:
         """How often messages came back, and were started since the first time, by the tags their producers gave them."""
@@ -88,3 +113,9 @@ class Deliveries:
         pipe.hincrby(deliveries_key(self.prefix, queue), f"{own_tag}:started", 1)
         pipe.pexpire(deliveries_key(self.prefix, queue), _COUNT_MEMORY)
         pipe.execute()
+
+
+def lost_master(exc: Exception) -> Exception:
+    """A failover made our server a replica: whoever connects anew finds the new master."""
+    lost: Exception = redis.exceptions.ConnectionError(f"the server became a read-only replica: {exc}")
+    return lost

@@ -68,6 +68,8 @@ class ChannelMixin:
         self.dlx_queues: dict[str, QueueSettings] = {}
         self.dlx_store: LetterStore | None = None
         self.dlx_on_garbage: OnGarbage | None = None
+        #: Sends the acknowledgements that wait for company.
+        self.dlx_settle: Callable[[], None] | None = None
         self.dlx_claims = Claims(self, f"{TAG}{uuid.uuid4().hex[:20]}:")
         super().__init__(*args, **kwargs)
 
@@ -188,6 +190,11 @@ class ChannelMixin:
         return cancelled
 
     def close(self) -> None:
+        if self.dlx_settle is not None:
+            try:
+                self.dlx_settle()  # or it would be put back
+            except Exception as exc:  # noqa: BLE001
+                logger.warning("acknowledgements were not sent before their channel closed: %s", exc)
         self._closing = True
         self.dlx_claims.close()
         super().close()  # type: ignore[misc]

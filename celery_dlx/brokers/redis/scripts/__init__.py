@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from importlib import resources
 from typing import Any
 
+_INCLUDE = re.compile(r"^-- include (?P<name>\w+)$", re.MULTILINE)
+
 
 @cache
 def source(name: str) -> str:
-    return (resources.files(__name__) / f"{name}.lua").read_text("utf-8")
+    text = (resources.files(__name__) / f"{name}.lua").read_text("utf-8")
+    return _INCLUDE.sub(lambda found: source(found["name"]), text)
 
 
 def load(client: Any, name: str) -> Any:

@@ -1,6 +1,14 @@
--- Forget a delivery. KEYS: unacked, unacked_index, deliveries   ARGV: tag, the message's own delivery tag or ''
--- Returns 1, or 0 if someone restored the message meanwhile: then it is theirs and nothing is touched.
-redis.call('ZREM', KEYS[2], ARGV[1])
-if redis.call('HDEL', KEYS[1], ARGV[1]) == 0 then return 0 end
-if ARGV[2] ~= '' then redis.call('HDEL', KEYS[3], ARGV[2], ARGV[2] .. ':started') end
-return 1
+-- Forget deliveries. KEYS: unacked, unacked_index, then deliveries of each queue
+-- ARGV: per delivery its tag, its queue (from 1), the message's own delivery tag or '' (it has no count to forget)
+-- Returns how many were not there, for someone restored them meanwhile: then they are theirs and nothing is touched.
+local gone = 0
+for at = 1, #ARGV, 3 do
+  local counts, own_tag = KEYS[2 + ARGV[at + 1]], ARGV[at + 2]
+  redis.call('ZREM', KEYS[2], ARGV[at])
+  if redis.call('HDEL', KEYS[1], ARGV[at]) == 0 then
+    gone = gone + 1
+  elseif own_tag ~= '' then
+    redis.call('HDEL', counts, own_tag, own_tag .. ':started')
+  end
+end
+return gone

@@ -1,12 +1,10 @@
 -- Letters are deleted. KEYS: letters, payloads, records, stats   ARGV: ids (at most a few hundred)
 -- Returns the ids that were there.
+-- include causes
 local removed = {}
 for _, id in ipairs(ARGV) do
   if redis.call('ZREM', KEYS[1], id) == 1 then
-    local bytes = redis.call('HSTRLEN', KEYS[2], id)
-    redis.call('HDEL', KEYS[2], id)
-    redis.call('HDEL', KEYS[3], id)
-    redis.call('HINCRBY', KEYS[4], 'bytes', 0 - bytes)
+    drop(id, redis.call('HGET', KEYS[3], id) or '')
     removed[#removed + 1] = id
   end
 end

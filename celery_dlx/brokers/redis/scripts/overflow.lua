@@ -3,19 +3,12 @@
 -- ARGV: messages allowed, messages taken at most, prefix of the tags, number before the first tag's, the queue's name as JSON
 -- Returns the items, whose tags are numbered in this order; the least urgent go first.
 -- Sent a second time, because its answer was lost, it takes no more, and answers what it did.
+-- include item
 local taken, number = {}, tonumber(ARGV[4])
-local function separator(entry)
-  local at, from = nil, 1
-  while true do
-    local found = string.find(entry, ', "", "', from, true)
-    if not found then return at end
-    at, from = found, found + 1
-  end
-end
 while true do
   local entry = redis.call('HGET', KEYS[1], ARGV[3] .. string.format('%d', number + #taken + 1))
   if not entry then break end
-  taken[#taken + 1] = string.sub(entry, 2, separator(entry) - 1)
+  taken[#taken + 1] = item_of(entry)
 end
 if #taken > 0 then return taken end
 redis.call('ZREM', KEYS[2], '')

@@ -1,0 +1,198 @@
+"""Redis keeps letters by cause: what that says must be what a look at every letter says, whatever happened to them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+from dataclasses import replace
+from types import SimpleNamespace
+from uuid import uuid4
+
+import pytest
+import redis
+from celery import Celery
+from raw import Sender
+from servers import wait_for
+from workers import Worker
+
+from celery_dlx import DeadLetters
+from celery_dlx.brokers.redis.letters import original_of
+from celery_dlx.brokers.redis.retention import Retention
+from celery_dlx.groups import Group, group
+from celery_dlx.letters import DeadLetter, Death, compose
+from celery_dlx.policy.settings import BUILT_IN, Policy
+from celery_dlx.replay import Options
+from celery_dlx.selection import match
+
+CAUSES = [("shop.pay", "builtins.ValueError"), ("shop.mail", "builtins.KeyError"), ("shop.pay", "builtins.OSError")]
+
+
+@pytest.fixture
+def dead(redis_server, queue):
+    found = DeadLetters(Celery("reader", broker=redis_server.url), policy=Policy(service="reader"))
+    found.broker._store.announce(queue)
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def client(redis_server):
+    with redis.Redis.from_url(redis_server.url) as found:
+        yield found
+
+
+def letter_of(queue: str, cause: int, message: str = "boom") -> DeadLetter:
+    task, kind = CAUSES[cause]
+    headers = {"task": task, "id": str(uuid4()), "argsrepr": "[]", "kwargsrepr": "{}"}
+    properties = {"delivery_tag": str(uuid4()), "delivery_info": {"exchange": "", "routing_key": queue}}
+    kinds = {"content-type": "application/json", "content-encoding": "utf-8"}
+    item = json.dumps({"body": "[[], {}, {}]", "headers": headers, "properties": properties, **kinds}).encode()
+    # What others say must not be taken for the record's own fields.
+    said = f'"fingerprint":"{message}" "reason":"x"'
+    death = Death("failure", queue, 0, kind, said, f"Traceback: {said}", worker=f"w{cause}@host", service="s")
+    return compose(death, original_of(item), f"{queue}.dlq")
+
+
+def store(dead: DeadLetters, queue: str, causes: list[int], settings=BUILT_IN) -> list[DeadLetter]:
+    letters = [letter_of(queue, cause) for cause in causes]
+    dead.broker._store.capture_items([(letter, settings, letter.original.raw) for letter in letters])
+    return letters
+
+
+def counted(dead: DeadLetters, queue: str) -> list[Group]:
+    """The groups, by a look at every letter."""
+    return group(dead.letters(queue, since=0))
+
+
+def test_causes_follow_every_move(dead, queue, client):
+    dice = random.Random(20261120)
+    exported: list[dict] = []
+    for _ in range(60):
+        letters = list(dead.letters(queue))
+        some = [letter.id for letter in dice.sample(letters, min(len(letters), 7))]
+        move = dice.choice(["capture", "capture", "capture", "again", "replay", "discard", "export", "import", "trim"])
+        if move == "capture":
+            store(dead, queue, [dice.randrange(3) for _ in range(10)], replace(BUILT_IN, dlq_max_length=60))
+        elif move == "again" and letters:  # the same death a second time, told otherwise
+            twin = dead.get(letters[0].id, queue)
+            twin.fingerprint += "b"
+            dead.broker._store.capture(twin, BUILT_IN, item=twin.original.raw)
+        elif move == "replay":
+            assert {each.letter.id for each in dead.replay(some, queue)} == set(some)
+        elif move == "discard":
+            assert {letter.id for letter in dead.discard(some, queue)} == set(some)
+        elif move == "export":
+            exported = list(dead.export(queue, ids=some))
+        elif move == "import":
+            dead.restore(exported)
+        else:
+            dead.broker._store.trim(queue, replace(BUILT_IN, dlq_max_length=25))
+        assert dead.groups(queue) == counted(dead, queue), move
+    assert len(dead.groups(queue)) >= 3
+    assert dead.broker.groups(queue, match()) is not None, "groups came from the index"
+    dead.purge(queue)
+    assert dead.groups(queue) == []
+    assert {key.rsplit(b":", 1)[1] for key in client.keys(f"dlx:{{{queue}.dlq}}*")} == {b"stats", b"evicted"}
+
+
+@pytest.mark.parametrize(
+    "filters",
+    [
+        {"task": "shop.pay"},
+        {"task": "shop.*", "exception": "KeyError"},
+        {"reason": "maxlen"},
+        {"worker": "w1@*", "task": "*"},
+        {"exception": "builtins.*", "text": "boom"},
+        {"since": "1h", "task": "shop.mail"},
+        {"until": "1h"},
+    ],
+)
+def test_filters_find_what_a_look_at_every_letter_finds(dead, queue, filters):
+    store(dead, queue, [0, 1, 2, 1, 0, 2, 2, 1])
+    test = match(**filters)
+    wanted = [letter.id for letter in dead.letters(queue) if test(letter)]
+    assert [letter.id for letter in dead.letters(queue, **filters)] == wanted
+    groups = {(each.fingerprint, each.count) for each in dead.groups(queue, **filters)}
+    assert groups == {(each.fingerprint, each.count) for each in group(dead.letters(queue, **filters))}
+
+
+def test_letters_stored_by_another_hand_are_counted_all_the_same(dead, queue, client):
+    store(dead, queue, [0, 0, 1])
+    client.zadd(f"dlx:{{{queue}.dlq}}", {"stranger": 1})
+    assert sum(each.count for each in dead.groups(queue)) == 4
+    assert len(list(dead.letters(queue, task="shop.pay"))) == 2
+
+
+def test_a_replay_takes_what_is_there_and_not_what_dies_meanwhile(dead, queue):
+    letters = store(dead, queue, [0] * 250)
+    seen = []
+    for replayed in dead.replay(queue=queue):
+        seen.append(replayed.letter.id)
+        if len(seen) % 50 == 0:
+            store(dead, queue, [1])
+    assert seen == [letter.id for letter in letters]
+    assert len(list(dead.letters(queue))) == 5
+
+
+def test_caps_are_kept_and_warned_of_when_nothing_dies(dead, queue, caplog):
+    settings = replace(BUILT_IN, dlq_max_length=100)
+    channel = SimpleNamespace(dlx_queues={queue: settings}, dlx_store=dead.broker._store)
+    retention = Retention(channel, dead.policy)
+    caplog.set_level(logging.WARNING, "celery_dlx")
+    store(dead, queue, [0] * 79)
+    retention.run()
+    assert not caplog.records
+    store(dead, queue, [1])
+    retention.run()
+    retention.run()
+    (warning,) = caplog.messages
+    assert f"'{queue}.dlq' holds 80 letters" in warning and "80 % of what it may" in warning
+    caplog.clear()
+    channel.dlx_queues[queue] = replace(settings, dlq_max_length=10)
+    assert retention.run() == 70
+    assert f"70 letters of '{queue}.dlq' are gone by its caps" in caplog.messages[0]
+    (row,) = dead.stats(queue)
+    assert row.letters == 10 and sum(row.extra["evicted"].values()) == 70
+    labels = {label.split(" ", 1)[1] for label in row.extra["evicted"]}
+    assert labels == {"failure shop.pay"}
+
+
+def test_ids_are_paged_like_all_else(dead, queue):
+    ids = [letter.id for letter in store(dead, queue, [0, 1, 2, 0])]
+    some = [ids[0], ids[1], ids[3]]
+
+    def found(**page) -> list[str]:
+        return [letter.id for letter in dead.letters(queue, ids=some, **page)]
+
+    assert found() == some and found(newest=True, limit=1) == [ids[3]]
+    assert found(after=ids[1]) == [ids[3]] and found(newest=True, after=ids[1]) == [ids[0]]
+
+
+def test_an_edit_that_does_not_fit_one_letter_holds_up_no_other(dead, queue, tmp_path, monkeypatch):
+    monkeypatch.setenv("CELERY_DLX_STATE", str(tmp_path))
+    letters = store(dead, queue, [0] * 5)
+    edit = json.dumps([{"op": "test", "path": "/args", "value": []}, {"op": "add", "path": "/args/0", "value": 1}])
+    odd = letter_of(queue, 1)
+    odd.original.raw = odd.original.raw.replace(b"[[], {}, {}]", b"[[7], {}, {}]")
+    dead.broker._store.capture_items([(odd, BUILT_IN, odd.original.raw)])
+    letters += store(dead, queue, [0] * 5)
+    engine, locks = dead.start_replay(queue=queue, options=Options(edit=edit, wait=0))
+    moved = [replayed.letter.id for replayed in engine.run()]
+    locks.release()
+    assert moved == [letter.id for letter in letters] and "does not fit" in str(engine.error)
+    assert [letter.id for letter in dead.letters(queue)] == [odd.id]
+
+
+def test_overflow_keeps_no_secrets(redis_server, queue, client):
+    section = "{redact: ['args[0]'], redact_stored: true}"
+    policy = f"version: 1\nqueues: {{{queue}: {{max_length: 1, dead_letter: {section}}}}}\n"
+    sender = Sender(redis_server.url)
+    with Worker(redis_server.url, [queue], policy=policy, arguments=("-c", "1"), DLX_PREFETCH="1") as worker:
+        for _ in range(6):
+            sender.task(queue, "matrix_app.sleeps", [20.0625], argsrepr="[20.0625]")
+        (letter, *_) = wait_for(lambda: worker.letters(queue), "overflow", timeout=30)
+        worker.kill()
+    assert letter["reason"] == "maxlen"
+    held = repr([client.hgetall(f"dlx:{{{queue}.dlq}}:{part}") for part in ("payloads", "records")])
+    assert "[redacted]" in held and "20.0625" not in held and "W1syMC4" not in held

@@ -1,0 +1,70 @@
+"""Workers that stop, in every way there is: nothing is lost, and nothing that was merely interrupted becomes a letter."""
+
+from __future__ import annotations
+
+import signal
+from collections import Counter
+
+import pytest
+from raw import Sender
+from servers import wait_for
+from workers import Worker
+
+MESSAGES = 40
+
+
+def policy(queue, late):
+    return f"version: 1\nqueues: {{{queue}: {{acks_late: {'true' if late else 'false'}}}}}\n"
+
+
+def send(broker, queue):
+    """Short tasks, and some that a stop interrupts."""
+    sender = Sender(broker.url)
+    for number in range(MESSAGES):
+        sender.task(queue, "matrix_app.naps", [str(number), 0.2 if number % 5 == 0 else 0.0])
+
+
+def counted(*workers):
+    return Counter(line for worker in workers for line in worker.ran())
+
+
+@pytest.mark.parametrize(("how", "late"), [("warm", True), ("warm", False), ("cold", True)])
+def test_what_a_stopped_worker_left_another_one_does(broker, queue, late, how):
+    first = Worker(broker.url, [queue], policy=policy(queue, late)).start()
+    send(broker, queue)
+    wait_for(lambda: len(first.ran()) >= 10, lambda: len(first.ran()), every=0.01)
+    first.process.send_signal(signal.SIGTERM if how == "warm" else signal.SIGQUIT)
+    first.wait_exit()
+    done = counted(first)
+    assert 10 <= len(done) < MESSAGES, "it was stopped in the midst of it"
+    with Worker(broker.url, [queue], policy=policy(queue, late)) as second:
+        wait_for(lambda: len(counted(first, second)) == MESSAGES, lambda: len(counted(first, second)))
+        Sender(broker.url).task(queue, "matrix_app.ok", ["the last"])
+        wait_for(lambda: "ok the last" in second.ran(), second.ran)
+        assert second.letters(queue) == []
+    if how == "warm":
+        # Celery's pool forgets a task that a child took in the last moment (AsynPool.flush): it is delivered again.
+        twice = sum(counted(first, second).values()) - MESSAGES - 1
+        assert twice <= 2, "one for each child at most is done twice"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "late"), [(("-c", "2", "--max-tasks-per-child", "3"), True), (("--autoscale", "4,1"), False)]
+)
+def test_children_that_come_and_go(broker, queue, late, arguments):
+    with Worker(broker.url, [queue], policy=policy(queue, late), arguments=arguments) as worker:
+        send(broker, queue)
+        wait_for(lambda: len(counted(worker)) == MESSAGES, lambda: len(counted(worker)))
+        assert worker.letters(queue) == []
+    assert set(counted(worker).values()) == {1}
+
+
+def test_a_pool_that_is_restarted_under_load(broker, queue):
+    with Worker(broker.url, [queue], policy=policy(queue, True)) as worker:
+        send(broker, queue)
+        wait_for(lambda: len(worker.ran()) >= 5, lambda: len(worker.ran()), every=0.01)
+        worker.dead.app.control.broadcast("pool_restart")
+        wait_for(lambda: len(counted(worker)) == MESSAGES, lambda: len(counted(worker)))
+        Sender(broker.url).task(queue, "matrix_app.fail", ["afterwards"])
+        (letter,) = worker.wait_letters(queue, 1)
+        assert letter["args"] == "['afterwards']", "what was interrupted is no letter"
