@@ -136,8 +136,10 @@ def sleeps(seconds):
 
 @app.task
 def naps(key, seconds):
-    """Notes that it is done, not that it began."""
-    time.sleep(seconds)
+    """Notes that it is done; and before, if it takes its time, that it began."""
+    if seconds:
+        note(f"began {key}")
+        time.sleep(seconds)
     note(f"naps {key}")
 
 

@@ -10,7 +10,7 @@ import servers
 from celery import Celery
 from raw import Sender
 from servers import wait_for
-from workers import Worker
+from workers import Worker, unacknowledged
 
 from celery_dlx import DeadLetters
 from celery_dlx.brokers.redis.deliveries import deliveries_key
@@ -34,7 +34,7 @@ def test_keys_are_the_contracts(redis_server, queue, client):
     assert json.loads(client.hget(f"{base}:payloads", letter["id"]))["headers"]["task"] == "matrix_app.fail"
     assert json.loads(client.hget(f"{base}:records", letter["id"]))["reason"] == "failure"
     assert client.hget("dlx:queues", queue) == f"{queue}.dlq".encode()
-    assert client.hlen("unacked") == 0 and client.zcard("unacked_index") == 0
+    assert not unacknowledged(client, queue)
 
 
 def test_the_payload_is_kept_byte_for_byte(redis_server, queue, client):
@@ -106,7 +106,7 @@ def test_a_killed_workers_messages_come_back_and_are_counted(redis_server, queue
         worker.start()
         wait_for(lambda worker=worker: worker.ran() == ["sleeps"], f"delivery {delivery} started", timeout=30)
         worker.kill()
-        assert client.hlen("unacked") == 1, "the fault happened: the message is held by the dead"
+        assert len(unacknowledged(client, queue)) == 1, "the fault happened: the message is held by the dead"
     with Worker(redis_server.url, [queue], policy=policy, DLX_TRANSPORT_OPTIONS=options) as worker:
         (letter,) = worker.wait_letters(queue, 1)
         assert (letter["reason"], letter["deliveries"], letter["task_id"]) == ("max_deliveries", 3, item_id)
@@ -137,12 +137,12 @@ def test_a_stock_worker_restores_our_deliveries_to_their_queue(redis_server, que
     Sender(redis_server.url).task(queue, "matrix_app.sleeps", [60])
     wait_for(lambda: ours.ran() == ["sleeps"], "our worker runs the task")
     ours.kill()
-    assert client.hlen("unacked") == 1
+    assert len(unacknowledged(client, queue)) == 1
     stock = Worker(
         redis_server.url, [f"{queue}.other"], DLX_STOCK="1", DLX_TRANSPORT_OPTIONS=options, arguments=("-c", "1")
     ).start()
     wait_for(lambda: client.llen(queue) == 1, "the stock worker puts the message back where it came from")
-    assert client.hlen("unacked") == 0
+    assert not unacknowledged(client, queue)
     stock.stop()
     with Worker(redis_server.url, [queue], policy=f"version: 1\nqueues: {{{queue}: {{time_limit: 1s}}}}\n") as again:
         (letter,) = again.wait_letters(queue, 1)
@@ -155,9 +155,9 @@ def test_unacknowledged_messages_return_at_shutdown(redis_server, queue, client)
         sender.task(queue, "matrix_app.sleeps", [2])
         for n in range(5):
             sender.task(queue, "matrix_app.ok", [n])
-        wait_for(lambda: client.hlen("unacked") >= 5, "messages are prefetched")
+        wait_for(lambda: len(unacknowledged(client, queue)) >= 5, "messages are prefetched")
         worker.stop()
-    assert client.llen(queue) == 5 and client.hlen("unacked") == 0
+    assert client.llen(queue) == 5 and not unacknowledged(client, queue)
 
 
 @pytest.fixture
@@ -219,7 +219,7 @@ def test_a_worker_goes_on_after_no_ack_arrived(queue):
             numbers = {str(number) for number in range(6)}
             wait_for(lambda: set(worker.ran()) == numbers, lambda: f"{worker.ran()} {worker.output[-3000:]}")
             with redis.Redis.from_url(server.url) as client:
-                wait_for(lambda: not client.hlen("unacked"), "nothing is held any more")
+                wait_for(lambda: not unacknowledged(client, queue), "nothing is held any more")
     finally:
         server.stop()
 
@@ -259,7 +259,7 @@ def test_control_and_result_queues_are_never_touched(redis_server, queue, client
         simple.close()
     assert app.control.ping(timeout=0.3) == []
     assert set(client.keys("dlx:*")) == before
-    assert client.hlen("unacked") == 0
+    assert not unacknowledged(client, queue)
 
 
 def test_a_poisons_neighbours_are_not_to_blame(redis_server, queue, client):
@@ -274,7 +274,7 @@ def test_a_poisons_neighbours_are_not_to_blame(redis_server, queue, client):
     for delivery in (1, 2):
         worker = Worker(redis_server.url, [queue], policy=policy, DLX_TRANSPORT_OPTIONS=options, arguments=arguments).start()
         wait_for(lambda worker=worker: worker.ran(), f"delivery {delivery} started", timeout=30)
-        assert client.hlen("unacked") == 4, "its neighbours are held"
+        assert len(unacknowledged(client, queue)) == 4, "its neighbours are held"
         worker.kill()
     arguments = ("-c", "1", "--prefetch-multiplier", "4")
     with Worker(redis_server.url, [queue], policy=policy, DLX_TRANSPORT_OPTIONS=options, arguments=arguments) as worker:
@@ -297,4 +297,4 @@ def test_what_overflows_becomes_letters(redis_server, queue, client):
         assert {letter["reason"] for letter in letters} == {"maxlen"}
         assert [letter["task_id"] for letter in letters] == [i for i in ids if i in {each["task_id"] for each in letters}]
         worker.cli("replay", letters[0]["id"], "--queue", queue, "--wait", "30s")
-    assert not [entry for entry in client.hvals("unacked") if queue.encode() in entry]
+    assert not unacknowledged(client, queue)

@@ -12,7 +12,7 @@ from celery import Celery
 from kombu import Queue
 from raw import Sender
 from servers import wait_for
-from workers import Worker
+from workers import Worker, unacknowledged
 
 from celery_dlx import DeadLetters
 from celery_dlx.brokers.redis.capture import RedisCapturer
@@ -47,7 +47,7 @@ def test_a_warm_shutdown_puts_back_what_did_not_start(redis_server, queue, clien
     done = len(worker.ran())
     assert 1 <= done <= 3
     assert client.llen(queue) == 8 - done
-    assert not [entry for entry in client.hvals("unacked") if queue.encode() in entry]
+    assert not unacknowledged(client, queue)
 
 
 def test_silent_connections_that_the_server_closes_are_no_news(redis_server, queue, client):
@@ -155,7 +155,7 @@ def test_what_is_held_is_in_redis_at_every_moment(redis_server, queue, client, c
     Sender(redis_server.url).task(queue)
     assert client.llen(queue) == 1, "woken or not, it lies in its list until it is claimed"
     consumer.drain(lambda: consumer.got)
-    assert sum(queue.encode() in entry for entry in client.hvals("unacked")) == 1
+    assert len(unacknowledged(client, queue)) == 1
 
 
 def test_a_claim_whose_answer_is_lost_comes_back_at_once(redis_server, queue, client, consumer):
@@ -260,7 +260,7 @@ def test_acknowledgements_that_redis_refuses_keep_no_credit(redis_server, queue,
     client.config_set("min-replicas-to-write", 1)
     try:
         capturer.acknowledge(list(consumer.got))
-        assert len([entry for entry in client.hvals("unacked") if queue.encode() in entry]) == 4, "the fault happened"
+        assert len(unacknowledged(client, queue)) == 4, "the fault happened"
     finally:
         client.config_set("min-replicas-to-write", 0)
     consumer.drain(lambda: len(consumer.got) == 8)

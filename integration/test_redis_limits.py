@@ -10,7 +10,7 @@ import redis
 from celery import Celery
 from raw import Sender
 from servers import wait_for
-from workers import Worker
+from workers import Worker, unacknowledged
 
 from celery_dlx import DeadLetters
 from celery_dlx.brokers.redis.limits import Limits
@@ -69,7 +69,7 @@ def test_what_waits_for_too_long_becomes_a_letter_and_nothing_else(queue, client
     letters = limits.letters()
     assert [letter.task_id for letter in letters] == old and {letter.reason for letter in letters} == {"expired"}
     assert [json.loads(item)["headers"]["id"] for item in client.lrange(queue, 0, -1)[::-1]] == young
-    assert not [entry for entry in client.hvals("unacked") if queue.encode() in entry]
+    assert not unacknowledged(client, queue)
 
 
 def test_a_message_that_is_asked_for_again_makes_no_other_one_old(queue, client, limits, send):

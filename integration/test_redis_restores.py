@@ -9,7 +9,7 @@ import redis
 from celery import Celery
 from raw import Sender
 from servers import wait_for
-from workers import Worker
+from workers import Worker, unacknowledged
 
 from celery_dlx import DeadLetters
 from celery_dlx.brokers.redis.deliveries import deliveries_key
@@ -55,10 +55,6 @@ def own_tag(item):
     return json.loads(item)["properties"]["delivery_tag"]
 
 
-def overdue(client, queue):
-    return [entry for entry in client.hvals("unacked") if queue.encode() in entry]
-
-
 def restore(channel):
     channel.qos.restore_visible(num=None, interval=1)
 
@@ -67,7 +63,7 @@ def test_they_come_in_their_order_counted_and_never_twice(queue, client, channel
     items = held(50)
     restore(channel)
     assert client.lrange(queue, 0, -1)[::-1] == items, "the oldest is taken first"
-    assert overdue(client, queue) == []
+    assert unacknowledged(client, queue) == []
     assert {int(client.hget(deliveries_key("", queue), own_tag(item))) for item in items} == {1}
     restore(channel)
     assert client.llen(queue) == 50
@@ -77,7 +73,7 @@ def test_those_that_were_renewed_since_stay(queue, client, channel, held):
     held(3)
     channel.dlx_deliveries.renew("unacked_index", [f"dlx-{queue}:1"])
     restore(channel)
-    assert client.llen(queue) == 2 and len(overdue(client, queue)) == 1
+    assert client.llen(queue) == 2 and len(unacknowledged(client, queue)) == 1
     entries = channel.dlx_deliveries.held("unacked", "unacked_index", [f"dlx-{queue}:1"])
     assert channel.qos._put_back(entries, older=10.0) == 0, "found overdue, and renewed before it was put back"
     assert channel.qos._put_back(entries) == 1
@@ -120,4 +116,4 @@ def test_a_worker_puts_back_more_than_one_script_takes(redis_server, queue, clie
     options = json.dumps({"unacked_restore_interval": 1, "unacked_restore_throttle": 1})
     with Worker(redis_server.url, [queue], policy="version: 1\n", DLX_TRANSPORT_OPTIONS=options) as worker:
         wait_for(lambda: len(worker.ran()) == 451, lambda: len(worker.ran()))
-        assert overdue(client, queue) == [] and not client.hexists("unacked", "stocks")
+        assert unacknowledged(client, queue) == [] and not client.hexists("unacked", "stocks")

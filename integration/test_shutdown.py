@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from raw import Sender
@@ -21,22 +22,29 @@ def send(broker, queue):
     """Short tasks, and some that a stop interrupts."""
     sender = Sender(broker.url)
     for number in range(MESSAGES):
-        sender.task(queue, "matrix_app.naps", [str(number), 0.2 if number % 5 == 0 else 0.0])
+        sender.task(queue, "matrix_app.naps", [str(number), 0.3 if number % 5 == 0 else 0.0])
 
 
 def counted(*workers):
-    return Counter(line for worker in workers for line in worker.ran())
+    return Counter(line for worker in workers for line in worker.ran() if not line.startswith("began "))
+
+
+def is_idle(process):
+    """Whether a process waits for something to happen."""
+    return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "S"
 
 
 @pytest.mark.parametrize(("how", "late"), [("warm", True), ("warm", False), ("cold", True)])
 def test_what_a_stopped_worker_left_another_one_does(broker, queue, late, how):
-    first = Worker(broker.url, [queue], policy=policy(queue, late)).start()
+    # A cold stop that arrives while Celery's parent reads a result (it acts in the signal handler) takes half a minute or
+    # more, with or without us: so one child, and in the midst of a task.
+    first = Worker(broker.url, [queue], policy=policy(queue, late), arguments=("-c", "1" if how == "cold" else "2")).start()
     send(broker, queue)
-    wait_for(lambda: len(first.ran()) >= 10, lambda: len(first.ran()), every=0.01)
+    wait_for(lambda: "began 10" in first.ran() and is_idle(first.process), first.ran, every=0.01)
     first.process.send_signal(signal.SIGTERM if how == "warm" else signal.SIGQUIT)
     first.wait_exit()
     done = counted(first)
-    assert 10 <= len(done) < MESSAGES, "it was stopped in the midst of it"
+    assert 8 <= len(done) < MESSAGES, "it was stopped in the midst of it"
     with Worker(broker.url, [queue], policy=policy(queue, late)) as second:
         wait_for(lambda: len(counted(first, second)) == MESSAGES, lambda: len(counted(first, second)))
         Sender(broker.url).task(queue, "matrix_app.ok", ["the last"])

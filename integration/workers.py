@@ -32,6 +32,11 @@ def environment(broker: str, **more: str) -> dict[str, str]:
     return {**base, "PYTHONPATH": str(HERE), "DLX_BROKER": broker, "PYTHONUNBUFFERED": "1", **more}
 
 
+def unacknowledged(client, queue: str) -> list[bytes]:
+    """What workers hold of a Redis queue and did not acknowledge; a server's other queues share the hash."""
+    return [entry for entry in client.hvals("unacked") if queue.encode() in entry]
+
+
 class Worker:
     """A `celery worker` on an app of this folder."""
 
