@@ -227,8 +227,13 @@ def measure_redis(url: str, count: int, table: Table) -> None:
     if len(groups) != len(CAUSES) or sum(group.count for group in groups) != count:
         raise SystemExit(f"unexpected groups: {groups}")
     table.add("redis: groups", seconds * 1000, "ms", WANTED["groups"], f"{count / seconds:,.0f} letters/s")
-    for what, filters in (("task glob", {"task": "shop.*receipt"}), ("message text", {"text": "no address"})):
-        seconds, _ = timed(lambda filters=filters: exhausted(dead.letters(QUEUE, **filters), (count + 1) // 3))
+    third = (count + 1) // 3
+    for what, filters, found in (
+        ("task glob, a third matches", {"task": "shop.*receipt"}, third),
+        ("message text, a third matches", {"text": "no address"}, third),
+        ("message text, one matches", {"text": "order 1 has no address"}, 1),
+    ):
+        seconds, _ = timed(lambda filters=filters, found=found: exhausted(dead.letters(QUEUE, **filters), found))
         table.add(f"redis: scan by {what}", count / seconds, "letters/s", WANTED["scan"])
     slow.read("reading")
     seconds, _ = timed(lambda: exhausted(dead.replay(queue=QUEUE), count))

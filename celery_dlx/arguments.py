@@ -15,7 +15,8 @@ from celery_dlx.letters import DeadLetter, Original, clip
 Condition = Callable[[DeadLetter], bool]
 
 _MISSING = object()
-_OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
+#: What compares a found value with a given one.
+OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
     "==": operator.eq,
     "!=": operator.ne,
     ">=": operator.ge,
@@ -92,7 +93,7 @@ def where(text: str) -> Condition:
     found = _WHERE.fullmatch(text)
     if found is None or not _PATH.fullmatch(found["path"]):
         raise UsageError(
-            f"--where {text!r}: expected a path (kwargs.amount, args[0].id), one of {' '.join(_OPERATORS)}, and a value"
+            f"--where {text!r}: expected a path (kwargs.amount, args[0].id), one of {' '.join(OPERATORS)}, and a value"
         )
     return _condition(found["path"], found["operator"], found["value"])
 
@@ -102,7 +103,7 @@ def _condition(path: str, sign: str, text: str) -> Condition:
         value = json.loads(text)
     except (ValueError, RecursionError):
         value = text
-    compare = _OPERATORS[sign]
+    compare = OPERATORS[sign]
 
     def holds(letter: DeadLetter) -> bool:
         arguments = arguments_of(letter.original)

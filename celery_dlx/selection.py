@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from copy import copy
 from datetime import datetime, timezone
 from fnmatch import fnmatchcase
 from time import time
 from typing import Any
 
-from celery_dlx.arguments import argument
+from celery_dlx.arguments import OPERATORS, argument
 from celery_dlx.arguments import where as condition
 from celery_dlx.errors import UsageError
 from celery_dlx.letters import DeadLetter, Reason
@@ -29,6 +30,7 @@ class Selection:
         first: int | None = None,
         last: int | None = None,
         causes_only: bool = False,
+        words: Sequence[str] = (),
     ) -> None:
         self._matches = matches
         #: It looks into messages, which Redis reads only if somebody wants them.
@@ -41,6 +43,8 @@ class Selection:
         self.first, self.last = first, last
         #: Nothing else is asked: all letters of a fingerprint match, or none.
         self.causes_only = causes_only
+        #: Stand in the record of every letter that matches, however its JSON was written.
+        self.words = words
         #: The newest come first; only what comes after this letter, which died then, is meant.
         self.newest = False
         self.after: str | None = None
@@ -88,6 +92,7 @@ def match(
     task_id: str | None = None,
     root_id: str | None = None,
     worker: str | None = None,
+    retries: int | str | None = None,
     text: str | None = None,
     arguments: Iterable[str] | None = None,
     where: Iterable[str] | None = None,
@@ -96,7 +101,8 @@ def match(
     """A test of letters; all conditions given must hold.
 
     ``task`` and ``worker`` are names or globs; ``exception`` a type, with or without its module, or a glob; ``text`` stands
-    in the exception's message; ``arguments`` (``user_id=42``) and ``where`` (``kwargs.amount > 100``) look into JSON bodies.
+    in the exception's message; ``retries`` is a number or a comparison (``>=3``); ``arguments`` (``user_id=42``) and
+    ``where`` (``kwargs.amount > 100``) look into JSON bodies.
     ``bodies``: give messages with the letters, on Redis too.
     ``since`` and ``until`` are aware datetimes, seconds since the epoch, ISO 8601 text, or an age such as ``2h``.
 
@@ -107,6 +113,7 @@ def match(
     if reason is not None and reason not in {str(known) for known in Reason}:
         raise UsageError(f"reason {reason!r}: expected one of {', '.join(str(known) for known in Reason)}")
     first, last = moment(since, "since"), moment(until, "until")
+    tried = None if retries is None else _comparison(str(retries))
     conditions = [argument(each) for each in arguments or ()] + [condition(each) for each in where or ()]
 
     def cause(letter: DeadLetter) -> bool:
@@ -126,12 +133,14 @@ def match(
             and (task_id is None or letter.task_id == task_id)
             and (root_id is None or letter.root_id == root_id)
             and (worker is None or fnmatchcase(letter.worker or "", worker))
+            and (tried is None or tried(letter.retries))
             and (text is None or text in (letter.exception or {}).get("message", ""))
             and all(holds(letter) for holds in conditions)
         )
 
     common = None if task is reason is exception is fingerprint is None else cause
-    single = (wanted, first, last, task_id, root_id, worker, text, conditions or None)
+    told = (text, task_id, root_id, None if worker is None else _literal(worker))
+    single = (wanted, first, last, task_id, root_id, worker, tried, text, conditions or None)
     return Selection(
         matches,
         bodies=bodies or bool(conditions),
@@ -140,7 +149,23 @@ def match(
         first=first,
         last=last,
         causes_only=all(condition is None for condition in single),
+        words=[word for each in told if each and (word := _plain(each))],
     )
+
+
+_COMPARISON = re.compile(r"(?P<operator>==|!=|>=|<=|>|<)?\s*(?P<number>\d{1,9})")
+#: Characters that JSON holds as they are.
+_PLAIN = re.compile(r"[ !#-.0-;=?-\[\]-~]+")
+
+
+def _plain(text: str) -> str:
+    """The longest piece of a text that stands in JSON as it is."""
+    return max(_PLAIN.findall(text), key=len, default="")
+
+
+def _literal(glob: str) -> str:
+    """The longest piece of what matches that a glob spells out."""
+    return max(re.split(r"[*?]", glob.partition("[")[0]), key=len)
 
 
 #: Fields of an exported letter that restoring needs, whichever broker it is from.
@@ -150,6 +175,14 @@ _EXPORTED = ("v", "broker", "queue", "id", "body")
 def is_export(line: Mapping[str, Any]) -> bool:
     """Whether this is a line of `dlx export`."""
     return line.get("v") == 1 and all(isinstance(line.get(name), str) for name in _EXPORTED[1:])
+
+
+def _comparison(text: str) -> Callable[[int], bool]:
+    found = _COMPARISON.fullmatch(text.strip())
+    if found is None:
+        raise UsageError(f"retries {text!r}: expected a number, or a comparison such as '>=3' or '<2'")
+    compare, number = OPERATORS[found["operator"] or "=="], int(found["number"])
+    return lambda value: bool(compare(value, number))
 
 
 def _is_type(letter: DeadLetter, pattern: str) -> bool:

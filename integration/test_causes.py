@@ -104,6 +104,11 @@ def test_causes_follow_every_move(dead, queue, client):
         {"reason": "maxlen"},
         {"worker": "w1@*", "task": "*"},
         {"exception": "builtins.*", "text": "boom"},
+        {"worker": "w1@host"},
+        {"text": '"reason":"x'},
+        {"text": "größer"},
+        {"worker": "w[01]@h*st", "text": "boom", "bodies": True},
+        {"task": "shop.pay", "worker": "*host"},
         {"since": "1h", "task": "shop.mail"},
         {"until": "1h"},
     ],
@@ -113,8 +118,32 @@ def test_filters_find_what_a_look_at_every_letter_finds(dead, queue, filters):
     test = match(**filters)
     wanted = [letter.id for letter in dead.letters(queue) if test(letter)]
     assert [letter.id for letter in dead.letters(queue, **filters)] == wanted
+    assert [letter.id for letter in dead.letters(queue, newest=True, **filters)] == wanted[::-1]
     groups = {(each.fingerprint, each.count) for each in dead.groups(queue, **filters)}
     assert groups == {(each.fingerprint, each.count) for each in group(dead.letters(queue, **filters))}
+
+
+@pytest.mark.parametrize("newest", [False, True])
+def test_redis_looks_into_records_lot_by_lot(dead, queue, client, newest):
+    """Also where letters died in the same moment, and where the one that was looked at last left meanwhile."""
+    ids = [letter.id for letter in store(dead, queue, [0, 1] * 1_100)]
+    name = f"dlx:{{{queue}.dlq}}"
+    client.zadd(name, dict.fromkeys(ids[900:1_300], client.zscore(name, ids[900])))
+    wanted = [letter.id for letter in dead.letters(queue, newest=newest) if letter.worker == "w1@host"]
+    assert len(wanted) == 1_100
+    assert [letter.id for letter in dead.letters(queue, worker="w1@host", newest=newest)] == wanted
+    after = wanted[400]
+    assert [letter.id for letter in dead.letters(queue, worker="w1@host", newest=newest, after=after)] == wanted[401:]
+    found = dead.letters(queue, worker="w1@host", newest=newest)
+    first = [next(found).id for _ in range(450)]
+    client.zrem(name, *first)
+    last = client.zrange(name, *((-1101, -650) if newest else (650, 1101)))  # where the first lot ended
+    client.zrem(name, *last)
+    gone = {text.decode() for text in last}
+    rest = [letter.id for letter in found]
+    assert len(set(rest)) == len(rest) and {each for each in wanted[500:] if each not in gone} <= set(rest) <= set(
+        wanted[450:]
+    )
 
 
 def test_letters_stored_by_another_hand_are_counted_all_the_same(dead, queue, client):

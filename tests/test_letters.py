@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from celery_dlx.errors import UsageError
 from celery_dlx.fingerprints import fingerprint
 from celery_dlx.letters import (
     HEADER,
@@ -196,6 +198,31 @@ def test_revived_expiration():
     assert revive_expiration(letter) == ("60000", [])
     letter.reason = "expired"
     assert revive_expiration(letter) == (None, ["expiration 60000 ms dropped: it died of it"])
+
+
+@pytest.mark.parametrize(
+    ("filters", "words"),
+    [
+        ({"text": "no address"}, ["no address"]),
+        ({"text": 'the "größte" number'}, [" number"]),
+        ({"text": "\\é"}, []),
+        ({"worker": "celery@shop-*[12]?x"}, ["celery@shop-"]),
+        ({"worker": "[ab]*", "task_id": "t-1"}, ["t-1"]),
+        ({"task": "shop.*", "reason": "failure"}, []),
+    ],
+)
+def test_what_stands_in_every_record_that_matches(filters, words):
+    assert match(**filters).words == words
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found"), [(3, True), ("3", True), (">=3", True), (" > 2", True), ("<3", False), ("!=3", False), (0, False)]
+)
+def test_letters_by_retries(wanted, found):
+    letter = replace(compose(death(), original(), "d"), retries=3)
+    assert match(retries=wanted)(letter) is found
+    with pytest.raises(UsageError, match="retries 'often': expected a number"):
+        match(retries="often")
 
 
 def test_selection():

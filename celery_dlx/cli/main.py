@@ -110,6 +110,7 @@ _FILTERS = (
     click.option("--where", multiple=True, metavar="CONDITION", help="On JSON arguments: 'kwargs.amount > 100'."),
     click.option("--arg", "arguments", multiple=True, metavar="NAME=VALUE", help="A JSON argument: user_id=42, 0=42."),
     click.option("--text", metavar="WORDS", help="Words in the exception's message."),
+    click.option("--retries", metavar="N", help="How often it was retried: a number, or a comparison such as '>=3'."),
     click.option("--worker", metavar="NAME", help="Worker name or glob."),
     click.option("--root-id", metavar="ID", help="Id of the workflow's first task."),
     click.option("--task-id", metavar="ID", help="Task id."),

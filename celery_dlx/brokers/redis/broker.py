@@ -13,7 +13,8 @@ import redis
 
 from celery_dlx.brokers.base import Match, QueueStats, Replayed, Run, wants_bodies
 from celery_dlx.brokers.redis.letters import letter_of, read_fields, revived
-from celery_dlx.brokers.redis.store import Cause, Found, LetterStore, Span, bytes_of, is_full
+from celery_dlx.brokers.redis.reader import Cause, Found, Span, bytes_of
+from celery_dlx.brokers.redis.store import LetterStore, is_full
 from celery_dlx.errors import BrokerUnreachableError, ReplayError, StoreFullError, UnknownLetterError, UsageError
 from celery_dlx.groups import TREND, Group, Groups, group_of
 from celery_dlx.letters import DeadLetter
@@ -83,7 +84,7 @@ class RedisBroker:
     def select(self, queue: str, match: Match) -> Iterator[tuple[str, str]] | None:
         if not isinstance(match, Selection) or not match.causes_only:
             return None
-        known = self._store.causes(queue)
+        known = self._store.reader.causes(queue)
         if known is None or any(not cause.fingerprint for cause in known):
             return None
         wanted = known
@@ -94,7 +95,7 @@ class RedisBroker:
             wanted = [cause for cause in known if match.cause(examples[cause])]
         if len(wanted) > _MOST_CAUSES:
             return None
-        return self._store.ids(queue, [cause.fingerprint for cause in wanted])
+        return self._store.reader.ids(queue, [cause.fingerprint for cause in wanted])
 
     def _candidates(self, queue: str, match: Match | None, bodies: bool, last: float) -> Iterator[Found]:
         selected = match if isinstance(match, Selection) else Selection(lambda letter: True)
@@ -103,16 +104,17 @@ class RedisBroker:
             # The fraction of a millisecond is not looked at.
             last = last if selected.last is None else min(last, selected.last + 0.9999)
             span = Span(first, last, selected.newest, self._position(queue, selected.after))
-            yield from self._store.pages(queue, span, bodies=bodies, causes=self._causes(queue, selected))
+            causes = self._causes(queue, selected)
+            yield from self._store.reader.pages(queue, span, bodies=bodies, causes=causes, words=selected.words)
             return
         for scores in self._scores(queue, selected):
             for start in range(0, len(scores), _PAGE):
-                yield from self._store.some(queue, scores[start : start + _PAGE], bodies=bodies)
+                yield from self._store.reader.some(queue, scores[start : start + _PAGE], bodies=bodies)
 
     def _position(self, queue: str, letter_id: str | None) -> tuple[float, str] | None:
         if letter_id is None:
             return None
-        score = dict(self._store.scores(queue, [letter_id])).get(bytes_of(letter_id))
+        score = dict(self._store.reader.scores(queue, [letter_id])).get(bytes_of(letter_id))
         if score is None:
             raise UnknownLetterError(f"letter {letter_id} left its DLQ: what comes after it cannot be told")
         return score, letter_id
@@ -123,7 +125,7 @@ class RedisBroker:
         chosen, found = iter(ids), []
         ordered = isinstance(ids, list) and not selected.newest and selected.after is None
         while chunk := list(islice(chosen, _PAGE)):
-            scores = sorted(self._store.scores(queue, chunk), key=lambda pair: (pair[1], pair[0]))
+            scores = sorted(self._store.reader.scores(queue, chunk), key=lambda pair: (pair[1], pair[0]))
             if ordered:
                 yield scores
             else:
@@ -135,7 +137,7 @@ class RedisBroker:
 
     def _causes(self, queue: str, selected: Selection) -> list[str] | None:
         """Fingerprints whose letters may match; ``None``: look at all letters."""
-        known = self._store.causes(queue) if selected.cause is not None else None
+        known = self._store.reader.causes(queue) if selected.cause is not None else None
         if known is None or selected.cause is None:
             return None
         examples = self._examples(queue, known)
@@ -152,7 +154,7 @@ class RedisBroker:
         found: dict[Cause, DeadLetter] = {}
         for start in range(0, len(causes), _PAGE):
             page = causes[start : start + _PAGE]
-            read = self._store.some(queue, [cause.newest for cause in page], bodies=False)
+            read = self._store.reader.some(queue, [cause.newest for cause in page], bodies=False)
             for cause, each in zip(page, read, strict=True):
                 if each.record is not None:
                     found[cause] = letter_of(each.record, None, each.score, self._policy.dlq(queue))
@@ -162,20 +164,20 @@ class RedisBroker:
     def groups(self, queue: str, match: Match) -> list[Group] | None:
         if not isinstance(match, Selection) or not match.causes_only:
             return None
-        known = self._store.causes(queue)
+        known = self._store.reader.causes(queue)
         if known is None:
             return None
         examples = self._examples(queue, known)
         if len(examples) < len(known):
             return None
-        recent = self._store.recent(queue, [cause.fingerprint for cause in known], TREND)
+        recent = self._store.reader.recent(queue, [cause.fingerprint for cause in known], TREND)
         groups = Groups()
         for cause, (last_hour, hour_before) in zip(known, recent, strict=True):
             example = examples[cause]
             if cause.fingerprint and match.cause is not None and not match.cause(example):
                 continue
             if not cause.fingerprint:  # nothing in common
-                for found in self._store.pages(queue, Span(), bodies=False, causes=[""]):
+                for found in self._store.reader.pages(queue, Span(), bodies=False, causes=[""]):
                     letter = letter_of(found.record, None, found.score, self._policy.dlq(queue))
                     letter.id = found.id
                     if match(letter):
@@ -190,7 +192,7 @@ class RedisBroker:
 
     def get(self, queue: str, letter_id: str) -> DeadLetter | None:
         """One letter with its message, without a scan."""
-        found = self._store.one(queue, letter_id)
+        found = self._store.reader.one(queue, letter_id)
         if found is None:
             return None
         score, record, item = found
@@ -230,21 +232,21 @@ class RedisBroker:
 
     def _with_messages(self, queue: str, match: Match, size: int) -> Iterator[tuple[Found, DeadLetter]]:
         """Matching letters with what their producers sent; those that lie there now, not what dies again meanwhile."""
-        newest = self._store.newest(queue)
+        newest = self._store.reader.newest(queue)
         if newest is None:
             return
         # Where nearly all that is read will match, messages are read with it.
         every = isinstance(match, Selection) and (match.ids is not None or match.causes_only)
         if every or wants_bodies(match):
             for found, letter in self._search(queue, match, bodies=True, last=newest):
-                if found.item is not None or self._store.scores(queue, [found.id]):
+                if found.item is not None or self._store.reader.scores(queue, [found.id]):
                     yield found, letter
             return
         chosen = self._search(queue, match, bodies=False, last=newest)
         while batch := list(islice(chosen, size)):
-            items = self._store.payloads(queue, [found.id for found, _ in batch])
+            items = self._store.reader.payloads(queue, [found.id for found, _ in batch])
             for (found, letter), item in zip(batch, items, strict=True):
-                if item is not None or self._store.scores(queue, [found.id]):  # else it left meanwhile
+                if item is not None or self._store.reader.scores(queue, [found.id]):  # else it left meanwhile
                     whole = letter_of(found.record, item or b"", found.score, letter.dlq)
                     whole.id, whole.queue = letter.id, letter.queue
                     yield found._replace(item=item), whole
@@ -295,7 +297,7 @@ class RedisBroker:
         return restored, present
 
     def discard(self, queue: str, match: Match, limit: int | None = None) -> Iterator[DeadLetter]:
-        newest = self._store.newest(queue)  # what dies meanwhile was not meant
+        newest = self._store.reader.newest(queue)  # what dies meanwhile was not meant
         found = self._search(queue, match, bodies=wants_bodies(match), last=-inf if newest is None else newest)
         chosen = islice((letter for _, letter in found), limit)
         while batch := list(islice(chosen, _BATCH)):
@@ -307,10 +309,10 @@ class RedisBroker:
 
     def stats(self, queues: Iterable[str]) -> Iterator[QueueStats]:
         for queue in queues:
-            extra: dict[str, Any] = dict(self._store.counters(queue))
-            if (evicted := self._store.evicted(queue)) and any(key.startswith("evicted_") for key in extra):
+            extra: dict[str, Any] = dict(self._store.reader.counters(queue))
+            if (evicted := self._store.reader.evicted(queue)) and any(key.startswith("evicted_") for key in extra):
                 extra["evicted"] = evicted
-            yield QueueStats(queue, self._policy.dlq(queue), self._store.count(queue), extra)
+            yield QueueStats(queue, self._policy.dlq(queue), self._store.reader.count(queue), extra)
 
 
 def _full(exc: BaseException, consequence: str) -> Exception:

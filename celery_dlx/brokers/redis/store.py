@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from heapq import merge
-from itertools import islice
-from math import inf
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import redis
 
 from celery_dlx.brokers.redis.deliveries import deliveries_key
 from celery_dlx.brokers.redis.letters import to_json
+from celery_dlx.brokers.redis.reader import LetterReader, bytes_of, text_of
 from celery_dlx.brokers.redis.scripts import load
 from celery_dlx.letters import DeadLetter, clip
 from celery_dlx.policy.settings import Policy, QueueSettings
@@ -19,32 +17,10 @@ from celery_dlx.replaying import REPORT_SECONDS, report_queue
 
 #: Longest record stored on a full server, in characters of traceback.
 _SLIM_TRACEBACK = 512
-#: Letters read at once; fewer at first, for most readers want no more.
-_PAGE, _FIRST_PAGE = 500, 100
-#: Ids read at once.
-_MOST_IDS = 1_000
 #: Reports kept of one replay: anybody can send messages that make some.
 _MOST_REPORTS = 100_000
 #: Reports read at once.
 _MOST_READ = 500
-
-
-def text_of(name: bytes) -> str:
-    """A name that Redis holds, as text: it may be any bytes."""
-    return name.decode("utf-8", "surrogateescape")
-
-
-def bytes_of(name: str) -> bytes:
-    """What `text_of` read; a surrogate that no byte stood for is encoded as itself."""
-    try:
-        return name.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:
-        return name.encode("utf-8", "surrogatepass")
-
-
-def _of_cause(letters: bytes, fingerprint: str) -> bytes:
-    """The key of one cause's letters."""
-    return letters + b":cause:" + bytes_of(fingerprint)
 
 
 def item_of(letter: DeadLetter) -> bytes:
@@ -52,49 +28,9 @@ def item_of(letter: DeadLetter) -> bytes:
     return letter.original.raw if letter.redacted else b""
 
 
-def _number(text: bytes) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        return 0  # not ours
-
-
 def is_full(exc: BaseException) -> bool:
     """Whether Redis refused for want of memory."""
     return isinstance(exc, redis.exceptions.OutOfMemoryError)  # type: ignore[attr-defined, unused-ignore]
-
-
-class Found(NamedTuple):
-    """A stored letter, as it was read."""
-
-    id: str
-    score: float
-    record: bytes | None
-    item: bytes | None
-
-
-class Span(NamedTuple):
-    """Which part of a DLQ is read: what died between two times; the newest first; what comes after a score and id."""
-
-    first: float = -inf
-    last: float = inf
-    newest: bool = False
-    after: tuple[float, str] | None = None
-
-    def beyond(self, position: tuple[float, bytes] | None, each: tuple[bytes, float]) -> bool:
-        if position is None:
-            return True
-        here = (each[1], each[0])
-        return here < position if self.newest else here > position
-
-
-class Cause(NamedTuple):
-    """Letters of one fingerprint; the newest by its id and score."""
-
-    fingerprint: str
-    letters: int
-    oldest: float
-    newest: tuple[bytes, float]
 
 
 class Trimmed(NamedTuple):
@@ -121,6 +57,7 @@ class LetterStore:
         self._policy = policy
         self._scripts = {name: load(client, name) for name in self.NAMES}
         self._keys: dict[str, list[bytes]] = {}
+        self.reader = LetterReader(client, self.keys)
 
     def keys(self, queue: str) -> list[bytes]:
         """letters, payloads, records, stats of a queue's DLQ."""
@@ -201,139 +138,6 @@ class LetterStore:
         """Keep a DLQ within its caps, by a bounded step."""
         return Trimmed(*map(int, self._scripts["trim"](keys=self.keys(queue), args=_caps(settings))))
 
-    def pages(self, queue: str, span: Span, *, bodies: bool, causes: Sequence[str] | None = None) -> Iterator[Found]:
-        """The letters of a queue, or of some of its causes, in the order of their deaths."""
-        name = self.keys(queue)[0]
-        if causes is None:
-            yield from self._walk(queue, name, span, bodies)
-            return
-
-        def walk(cause: str) -> Iterator[tuple[float, bytes]]:
-            for page in self._scored(_of_cause(name, cause), span, _PAGE):
-                yield from ((score, member) for member, score in page)
-
-        merged, size = merge(*map(walk, causes), reverse=span.newest), _FIRST_PAGE
-        while page := [(member, score) for score, member in islice(merged, size)]:
-            yield from self.some(queue, page, bodies=bodies)
-            size = _PAGE
-
-    def _walk(self, queue: str, name: bytes, span: Span, bodies: bool) -> Iterator[Found]:
-        for page in self._scored(name, span, _PAGE):
-            yield from self.some(queue, page, bodies=bodies)
-
-    def _scored(self, name: bytes, span: Span, most: int) -> Iterator[list[tuple[bytes, float]]]:
-        """Ids and scores of a sorted set, in pages."""
-        # Pages go by score and id, not by rank: letters that leave meanwhile do not make others be skipped.
-        first, last, seen, size = span.first, span.last, set[bytes](), _FIRST_PAGE
-        position = None
-        if span.after is not None:
-            position = span.after[0], bytes_of(span.after[1])
-            first, last = (first, min(last, position[0])) if span.newest else (max(first, position[0]), last)
-        while True:
-            ends = (repr(last), repr(first)) if span.newest else (repr(first), repr(last))
-            found = self.client.zrange(
-                name, *ends, desc=span.newest, byscore=True, offset=0, num=size + len(seen), withscores=True
-            )
-            fresh = [(member, score) for member, score in found if member not in seen]
-            if not fresh:
-                return
-            yield [each for each in fresh if span.beyond(position, each)]
-            end = fresh[-1][1]
-            seen = {member for member, score in found if score == end}
-            first, last, size = (first, end, most) if span.newest else (end, last, most)
-
-    def ids(self, queue: str, causes: Sequence[str]) -> Iterator[tuple[str, str]]:
-        """Id and fingerprint of the letters of some causes, in the order of their deaths, without reading them."""
-        name = self.keys(queue)[0]
-
-        def walk(cause: str) -> Iterator[tuple[float, bytes, str]]:
-            for page in self._scored(_of_cause(name, cause), Span(), _MOST_IDS):
-                yield from ((score, member, cause) for member, score in page)
-
-        for _, member, cause in merge(*map(walk, causes)):
-            yield text_of(member), cause
-
-    def some(self, queue: str, members: Sequence[tuple[bytes, float]], *, bodies: bool) -> Iterator[Found]:
-        """Records and (if asked for) payloads of letters whose ids and scores are known."""
-        _, payloads, records, _ = self.keys(queue)
-        if not members:
-            return
-        ids = [member for member, _ in members]
-        pipe = self.client.pipeline(transaction=False)
-        pipe.hmget(records, ids)
-        if bodies:
-            pipe.hmget(payloads, ids)
-        answers = pipe.execute()
-        for position, (member, score) in enumerate(members):
-            yield Found(text_of(member), score, answers[0][position], answers[1][position] if bodies else None)
-
-    def scores(self, queue: str, ids: Sequence[str]) -> list[tuple[bytes, float]]:
-        """Those of the ids that are there, and when they died."""
-        members = list(map(bytes_of, ids))
-        found: Any = self.client.zmscore(self.keys(queue)[0], members) if members else []
-        return [(each, score) for each, score in zip(members, found, strict=True) if score is not None]
-
-    def causes(self, queue: str) -> list[Cause] | None:
-        """How many letters of each fingerprint there are, the most frequent first, with the oldest and the newest.
-
-        ``None`` where the counts do not add up: letters were stored by somebody else's hand.
-        """
-        name = self.keys(queue)[0]
-        pipe = self.client.pipeline()
-        pipe.zcard(name)
-        pipe.zrevrange(name + b":causes", 0, -1, withscores=True)
-        total, counts = pipe.execute()
-        if total != sum(int(count) for _, count in counts):
-            return None
-        pipe = self.client.pipeline(transaction=False)
-        for fingerprint, _ in counts:
-            key = _of_cause(name, text_of(fingerprint))
-            pipe.zrange(key, 0, 0, withscores=True)
-            pipe.zrange(key, -1, -1, withscores=True)
-        ends = pipe.execute()
-        causes = []
-        for (fingerprint, count), oldest, newest in zip(counts, ends[::2], ends[1::2], strict=True):
-            if oldest and newest:  # else the last of them left meanwhile
-                causes.append(Cause(text_of(fingerprint), int(count), oldest[0][1], newest[0]))
-        return causes
-
-    def recent(self, queue: str, causes: Sequence[str], span: int) -> list[tuple[int, int]]:
-        """How many letters of each cause died in the last ``span`` milliseconds, and in as many before."""
-        seconds, micros = self.client.time()
-        now = seconds * 1000 + micros / 1000
-        pipe = self.client.pipeline(transaction=False)
-        for cause in causes:
-            key = _of_cause(self.keys(queue)[0], cause)
-            pipe.zcount(key, now - span, "+inf")
-            pipe.zcount(key, now - 2 * span, f"({now - span}")
-        counts = pipe.execute()
-        return list(zip(counts[::2], counts[1::2], strict=True))
-
-    def newest(self, queue: str) -> float | None:
-        """The score of the newest letter; ``None`` if there is none."""
-        found: Any = self.client.zrange(self.keys(queue)[0], -1, -1, withscores=True)
-        return float(found[0][1]) if found else None
-
-    def evicted(self, queue: str) -> dict[str, int]:
-        """How many letters the caps cost, by fingerprint, reason and task."""
-        found: Any = self.client.zrevrange(self.keys(queue)[0] + b":evicted", 0, -1, withscores=True)
-        return {label.decode("utf-8", "replace"): int(count) for label, count in found}
-
-    def payloads(self, queue: str, ids: Sequence[str]) -> list[bytes | None]:
-        found: Any = self.client.hmget(self.keys(queue)[1], list(map(bytes_of, ids))) if ids else []
-        return list(found)
-
-    def one(self, queue: str, letter_id: str) -> tuple[float, bytes | None, bytes | None] | None:
-        """Score, record and payload of a letter."""
-        name, payloads, records = self.keys(queue)[:3]
-        pipe = self.client.pipeline()
-        member: Any = bytes_of(letter_id)
-        pipe.zscore(name, member)
-        pipe.hget(records, member)
-        pipe.hget(payloads, member)
-        score, record, item = pipe.execute()
-        return None if score is None else (score, record, item)
-
     def replay(self, queue: str, moves: Sequence[tuple[str, float, str, bytes]]) -> set[str]:
         """Move letters (id, score as read, list key, item) back, all in one step; returns the ids that moved."""
         lists = list(dict.fromkeys(move[2] for move in moves))
@@ -353,13 +157,6 @@ class LetterStore:
 
     def purge(self, queue: str) -> int:
         return int(self._scripts["purge"](keys=self.keys(queue)))
-
-    def count(self, queue: str) -> int:
-        return int(self.client.zcard(self.keys(queue)[0]))
-
-    def counters(self, queue: str) -> dict[str, int]:
-        found: Any = self.client.hgetall(self.keys(queue)[3])
-        return {text_of(key): _number(value) for key, value in sorted(found.items())}
 
     # -- what becomes of replayed messages
 
