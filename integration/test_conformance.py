@@ -239,7 +239,7 @@ def test_letters_are_found_by_their_arguments(worker, broker, queue, dead):
     worker.wait_letters(queue, 7)
     assert len(worker.json("list", queue, "--arg", "user_id=1")) == 3
     found = worker.json("list", queue, "--where", "kwargs.amount >= 20", "--arg", "user_id=0")
-    assert [letter["args"] for letter in found] == ["[2]", "[4]"]
+    assert sorted(letter["args"] for letter in found) == ["[2]", "[4]"], "in the order of their deaths, by two children"
     (group,) = worker.json("groups", queue, "--arg", "0=3")
     assert group["count"] == 1
     worker.stop()
