@@ -134,12 +134,14 @@ class Redis:
 
 
 class RabbitMQ:
-    """A RabbitMQ node of our own, with an epmd of its own."""
+    """A RabbitMQ node of our own, with an epmd of its own; or, ``beside`` another, one that can be its cluster's member."""
 
     kind = "rabbitmq"
 
-    def __init__(self) -> None:
-        self.port, self.epmd_port, self.dist_port = free_port(), free_port(), free_port()
+    def __init__(self, *, beside: RabbitMQ | None = None, settings: str = "") -> None:
+        self.port, self.dist_port = free_port(), free_port()
+        self.beside, self.settings = beside, settings
+        self.epmd_port = beside.epmd_port if beside is not None else free_port()
         self.management_port = free_port()
         self.home = Path(tempfile.mkdtemp(prefix="dlx-rabbitmq-"))
         self.node = f"dlx{self.port}@localhost"
@@ -177,8 +179,10 @@ class RabbitMQ:
             install("rabbitmq-server", "RABBITMQ", "RabbitMQ")
         (self.home / "rabbit.conf").write_text(
             f"listeners.tcp.1 = 127.0.0.1:{self.port}\ndisk_free_limit.absolute = 50MB\n"
-            f"management.tcp.ip = 127.0.0.1\nmanagement.tcp.port = {self.management_port}\n"
+            f"management.tcp.ip = 127.0.0.1\nmanagement.tcp.port = {self.management_port}\n{self.settings}"
         )
+        if self.beside is not None:
+            shutil.copy(self.beside.home / ".erlang.cookie", self.home)  # with its mode, which Erlang insists on
         (self.home / "plugins").write_text("[rabbitmq_management].\n")
         (self.home / "env.conf").write_text("")
         return self.run()
@@ -186,7 +190,7 @@ class RabbitMQ:
     def run(self) -> RabbitMQ:
         """Start the node on what data it has."""
         log = open(self.home / "out", "ab")  # noqa: SIM115 - the children keep it
-        if self.epmd is None:
+        if self.epmd is None and self.beside is None:
             self.epmd = subprocess.Popen(
                 ["epmd", "-port", str(self.epmd_port), "-address", "127.0.0.1"], stdout=log, stderr=log
             )

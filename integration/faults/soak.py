@@ -1,7 +1,8 @@
 """Long storms: ``make soak SOAK="--rounds 10 --faults 100 --messages 20000 --seed N --only redis --kills"``.
 
 ``--broker-faults``: the broker's own faults instead of the workers' (with ``--kills``: workers are killed meanwhile);
-``--replay``: a replay that is killed and resumed again and again.
+``--replay``: a replay that is killed and resumed again and again; ``--cluster``: members of a RabbitMQ cluster of three die,
+or lose sight of each other.
 
 Each round is a storm of its own, on brokers of its own. Prints a line per round and a table; exit 1 if anything was lost
 or wrongly dead-lettered, with the seed that shows it again.
@@ -19,7 +20,9 @@ from uuid import uuid4
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from clusters import Cluster
 from faults.broker_faults import BROKER_FAULTS, BrokerStorm
+from faults.cluster_faults import CLUSTER_FAULTS, ClusterStorm
 from faults.replay_road import REPLAY_FAULTS, ReplayStorm
 from faults.storm import FAULTS, KILLS, Storm
 from servers import start_broker
@@ -36,10 +39,11 @@ def main() -> int:
     road = parser.add_mutually_exclusive_group()
     road.add_argument("--broker-faults", action="store_true", help="the broker fails; with --kills, workers are killed, too")
     road.add_argument("--replay", action="store_true", help="the replaying tool and workers are killed")
+    road.add_argument("--cluster", action="store_true", help="members of a RabbitMQ cluster fail")
     options = parser.parse_args()
     rows, bad, names = [], 0, _names(options)
-    for kind in [options.only] if options.only else ["rabbitmq", "redis"]:
-        broker = start_broker(kind)
+    for kind in ["rabbitmq"] if options.cluster else [options.only] if options.only else ["rabbitmq", "redis"]:
+        broker = Cluster().start() if options.cluster else start_broker(kind)
         faults: Counter = Counter()
         total: Counter = Counter()
         try:
@@ -63,12 +67,16 @@ def _storm(options: argparse.Namespace, broker, seed: int) -> Storm:
     common = broker, f"q{uuid4().hex[:10]}", seed, options.messages, options.faults
     if options.broker_faults:
         return BrokerStorm(*common, kills=options.kills)
+    if options.cluster:
+        return ClusterStorm(*common)
     return ReplayStorm(*common) if options.replay else Storm(*common, KILLS if options.kills else FAULTS)
 
 
 def _names(options: argparse.Namespace) -> tuple[str, ...]:
     if options.broker_faults:
         return (*dict.fromkeys(name for names in BROKER_FAULTS.values() for name in names), "killed_meanwhile")
+    if options.cluster:
+        return CLUSTER_FAULTS
     return REPLAY_FAULTS if options.replay else FAULTS
 
 

@@ -71,6 +71,9 @@ class Account:
 class Storm:
     """``faults`` faults of ``kinds`` over two workers that share one queue, of tasks that take ``task_seconds``."""
 
+    #: More of the queue's settings.
+    extra = ""
+
     def __init__(self, broker, queue: str, seed: int, messages: int, faults: int, kinds: tuple[str, ...] = FAULTS,
                  task_seconds: float = 0.04) -> None:  # fmt: skip
         self.random = random.Random(seed)
@@ -83,7 +86,8 @@ class Storm:
         port, path = rest.split("/", 1)
         self.proxy = Proxy(int(port))
         through = f"{base}:{self.proxy.port}/{path}"
-        policy = f"version: 1\nqueues: {{{queue}: {{acks_late: true, reject_on_worker_lost: true, max_deliveries: 50}}}}\n"
+        settings = f"{self.extra}acks_late: true, reject_on_worker_lost: true, max_deliveries: 50"
+        policy = f"version: 1\nqueues: {{{queue}: {{{settings}}}}}\n"
         #: Read past the proxy.
         self.dead = DeadLetters(Celery("reader", broker=broker.url), policy=Policy())
         options = json.dumps(REDIS_OPTIONS if broker.kind == "redis" else {})
@@ -125,7 +129,11 @@ class Storm:
     def _publish(self) -> None:
         sender = Sender(self.broker.url)
         for number in range(self.messages):
-            sender.task(self.queue, "storm.bad" if number % 10 == 0 else "storm.work", [number])
+            sender.task(self.queue, self.task_of(number), [number])
+
+    @staticmethod
+    def task_of(number: int) -> str:
+        return "storm.bad" if number % 10 == 0 else "storm.work"
 
     def _begin(self) -> None:
         """Before the first fault."""
