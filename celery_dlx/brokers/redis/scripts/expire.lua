@@ -7,17 +7,10 @@
 --
 -- Messages do not say since when they wait. But lists grow on the left only: whatever lies right of the message that was
 -- the newest at some time came before it. So now and then that message and the time are noted, as a mark.
--- include item
-local most, number = tonumber(ARGV[1]), tonumber(ARGV[3])
-local taken = {}
-while #taken < most do
-  local entry = redis.call('HGET', KEYS[1], ARGV[2] .. string.format('%d', number + #taken + 1))
-  if not entry then break end
-  taken[#taken + 1] = item_of(entry)
-end
-if #taken > 0 then return taken end
+-- include take
+local most, prefix, number = tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[3])
+if took_before(prefix, number) then return taken end
 redis.call('ZREM', KEYS[2], '')
-local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local function split(mark)
   local at = string.find(mark, ' ', 1, true)
@@ -33,11 +26,7 @@ while #taken < most do
   local at = redis.call('LPOS', KEYS[4], newest, 'RANK', -1)
   local over = at and redis.call('LLEN', KEYS[4]) - at or 0
   for _ = 1, math.min(over, most - #taken) do
-    local item = redis.call('RPOP', KEYS[4])
-    local tag = ARGV[2] .. string.format('%d', number + #taken + 1)
-    redis.call('HSET', KEYS[1], tag, '[' .. item .. ', "", ' .. ARGV[4] .. ']')
-    redis.call('ZADD', KEYS[2], time[1] .. '.' .. string.format('%06d', time[2]), tag)
-    taken[#taken + 1] = item
+    take(KEYS[4], prefix, number, ARGV[4])
     over = over - 1
   end
   if over > 0 then break end
