@@ -115,6 +115,27 @@ def test_sent_twice_it_takes_no_more(queue, client, limits, send):
     assert limits._channel.qos.put_back([f"dlx-twice-ttl:{n}" for n in range(1, 101)], counted=False) == 100
 
 
+@pytest.mark.parametrize("reason", ["maxlen", "expired"])
+def test_killed_between_taking_and_storing(queue, client, limits, send, reason):
+    """What was taken is an unacknowledged delivery: it comes back by age, in its order, and is taken again."""
+    ids = send(5)
+    too_old(limits, queue)
+    age(client, queue, 4_000_000)
+    nonce = f"dlx-killed-{queue}:"
+    if reason == "expired":
+        arguments = [100, nonce, 0, json.dumps(queue), 3_600_000, 360_000]
+        taken = limits._expire(limits._keys(marks(client, queue), queue), arguments)
+    else:
+        taken = limits._overflow(limits._keys(queue), [0, 100, nonce, 0, json.dumps(queue)])
+    assert len(taken) == len(unacknowledged(client, queue)) == 5 and not client.llen(queue), "the fault happened"
+    client.zadd("unacked_index", {f"{nonce}{n}": n for n in range(1, 6)})
+    limits._channel.qos.restore_visible()
+    assert client.lrange(queue, 0, -1)[::-1] == taken and not unacknowledged(client, queue)
+    if reason == "expired":
+        client.lpush(marks(client, queue), f"{int(client.time()[0] - 4_000) * 1000} ".encode() + taken[-1])
+        assert too_old(limits, queue) == 5 and [letter.task_id for letter in limits.letters()] == ids
+
+
 def test_a_worker_that_cannot_keep_up(redis_server, queue, client):
     policy = f"version: 1\nqueues: {{{queue}: {{message_ttl: 2s}}}}\n"
     sender = Sender(redis_server.url)
