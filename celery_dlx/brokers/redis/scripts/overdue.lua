@@ -1,8 +1,13 @@
 -- Deliveries that were not renewed for long, newest first. KEYS: unacked, unacked_index
 -- ARGV: seconds, deliveries at most
 -- Returns tags and entries (or '') in turn, and 1 if there may be more. It ends early when it has a megabyte.
-local now = redis.call('TIME')
-local before = string.format('%.6f', now[1] + now[2] / 1000000 - ARGV[1])
+local time = redis.call('TIME')
+local now = time[1] + time[2] / 1000000
+-- A clock that was set back leaves ages in the future. They begin anew, or what was held would wait until they are reached;
+-- a minute is for stock workers, who go by clocks of their own.
+local ahead = redis.call('ZRANGEBYSCORE', KEYS[2], string.format('(%.6f', now + 60), '+inf', 'LIMIT', 0, ARGV[2])
+for _, tag in ipairs(ahead) do redis.call('ZADD', KEYS[2], string.format('%.6f', now), tag) end
+local before = string.format('%.6f', now - ARGV[1])
 local tags = redis.call('ZREVRANGEBYSCORE', KEYS[2], before, '-inf', 'LIMIT', 0, ARGV[2])
 local found, bytes = {}, 0
 for _, tag in ipairs(tags) do
