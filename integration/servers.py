@@ -26,10 +26,20 @@ _REMEDY = (
 )
 
 
+_given: set[int] = set()
+
+
 def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    """One that stays free: each process of pytest-xdist has a share of the ports, and gives none out twice."""
+    share, shares = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]), os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")
+    while True:
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", 0))
+            port = int(sock.getsockname()[1])
+        # Linux gives out odd ones first.
+        if port // 2 % int(shares) == share and port not in _given:
+            _given.add(port)
+            return port
 
 
 def wait_for(check, what: str, timeout: float = 60.0, every: float = 0.05):

@@ -220,7 +220,7 @@ def test_overflow_keeps_no_secrets(redis_server, queue, client):
     with Worker(redis_server.url, [queue], policy=policy, arguments=("-c", "1"), DLX_PREFETCH="1") as worker:
         for _ in range(6):
             sender.task(queue, "matrix_app.sleeps", [20.0625], argsrepr="[20.0625]")
-        (letter, *_) = wait_for(lambda: worker.letters(queue), "overflow", timeout=30)
+        (letter, *_) = wait_for(lambda: worker.letters(queue), "overflow")
         worker.kill()
     assert letter["reason"] == "maxlen"
     held = repr([client.hgetall(f"dlx:{{{queue}.dlq}}:{part}") for part in ("payloads", "records")])

@@ -192,14 +192,14 @@ def test_many_letters(worker, broker, queue, dead):
     with app.producer_pool.acquire(block=True) as producer:
         for number in range(1500):
             app.send_task("matrix_app.fail", [number], queue=queue, producer=producer)
-    wait_for(lambda: dead.stats(queue)[0].letters == 1500, lambda: str(dead.stats(queue)), timeout=90)
+    wait_for(lambda: dead.stats(queue)[0].letters == 1500, lambda: str(dead.stats(queue)), timeout=180)
     letters = list(dead.letters(queue))
     assert len({letter.id for letter in letters}) == 1500
     worker.stop()
     assert len(list(dead.replay(queue=queue))) == 1500
     assert dead.stats(queue)[0].letters == 0
     worker.start()
-    wait_for(lambda: dead.stats(queue)[0].letters == 1500, lambda: str(dead.stats(queue)), timeout=90)
+    wait_for(lambda: dead.stats(queue)[0].letters == 1500, lambda: str(dead.stats(queue)), timeout=180)
     assert {letter.replays for letter in dead.letters(queue)} == {1}
 
 

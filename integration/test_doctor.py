@@ -7,13 +7,19 @@ import json
 import pytest
 import redis
 from kombu import Connection
-from servers import Redis, free_port
+from servers import Redis, free_port, wait_for
 from workers import Worker
 
 
 def examine(worker: Worker, expect: int, **env: str) -> dict[str, list[dict]]:
     worker.env.update(env)
-    done = worker.cli("doctor", "--json", check=False)
+
+    def answered():
+        done = worker.cli("doctor", "--json", check=False)
+        late = "no worker answers" in done.stdout or "did not answer in time" in done.stdout
+        return None if late and worker.alive else done
+
+    done = wait_for(answered, "the workers answer in time")
     assert done.returncode == expect, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     checks: dict[str, list[dict]] = {}

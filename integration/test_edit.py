@@ -35,7 +35,7 @@ def test_a_wrong_argument_is_corrected(broker, queue, tmp_path):
         # Still wrong: it dies again, and both deaths are told.
         patch = tmp_path / "patch.json"
         patch.write_text('[{"op": "replace", "path": "/args/1", "value": "again"}]')
-        done = worker.cli("replay", letter["id"], "--edit", f"@{patch}", "--yes", "--json")
+        done = worker.cli("replay", letter["id"], "--edit", f"@{patch}", "--yes", "--json", "--wait", "60s")
         assert json.loads(done.stdout.splitlines()[-1])["failed_again"] == 1
         (again,) = worker.wait_letters(queue, 1)
         shown = json.loads(worker.cli("show", again["id"], "--json").stdout)
@@ -46,7 +46,7 @@ def test_a_wrong_argument_is_corrected(broker, queue, tmp_path):
         (edited,) = [json.loads(line) for line in journal.read_text().splitlines() if '"kind": "edited"' in line]
         assert base64.b64decode(edited["body"]) == body, "what the producer sent can be read in the journal"
 
-        done = worker.cli("replay", again["id"], "--edit", right, "--yes", "--json")
+        done = worker.cli("replay", again["id"], "--edit", right, "--yes", "--json", "--wait", "60s")
         assert json.loads(done.stdout.splitlines()[-1])["succeeded"] == 1, done.stdout
         assert '"arguments edited"' in done.stdout
         wait_for(lambda: "fail_until again" in worker.ran(), worker.ran)

@@ -41,7 +41,7 @@ class Run:
         self.letters: dict[str, list[dict]] = {}
         self.expected = {queue for row, queue in self.queues.items() if row.expected(late)}
         try:
-            wait_for(self._collect, self._missing, timeout=90, every=1.0)
+            wait_for(self._collect, self._missing, timeout=180, every=1.0)
             # What is to leave no letter has had its time too: the last message in is done.
             sender.task(f"{self.name}.ok", "matrix_app.ok", ["last"])
             wait_for(lambda: "ok last" in self.worker.ran(), "the last task ran")

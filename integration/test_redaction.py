@@ -23,9 +23,14 @@ def test_secrets_are_neither_shown_nor_stored(broker, queue, tmp_path, late):
         arguments = ["/nowhere", SECRET]
         Sender(broker.url).task(queue, "matrix_app.fail_until", arguments, argsrepr=repr(arguments))
         (letter,) = worker.wait_letters(queue, 1)
-        for command in (["list"], ["list", "--json"], ["show", letter["id"]], ["show", letter["id"], "--json"]):
+        for command in (
+            ["list", queue],
+            ["list", queue, "--json"],
+            ["show", letter["id"]],
+            ["show", letter["id"], "--json"],
+        ):
             text = worker.cli(*command).stdout
-            assert SECRET not in text and ("[redacted]" in text or command == ["list"]), command
+            assert SECRET not in text and ("[redacted]" in text or command == ["list", queue]), command
         stored = worker.dead.get(letter["id"])
         assert SECRET not in repr(stored) and stored.redacted == ["args[1]"]
         assert json.loads(stored.original.body)[0] == ["/nowhere", "[redacted]"]
@@ -39,7 +44,7 @@ def test_secrets_are_neither_shown_nor_stored(broker, queue, tmp_path, late):
             {"op": "replace", "path": "/args/1", "value": "given"},
             {"op": "replace", "path": "/args/0", "value": str(there)},
         ]
-        done = worker.cli("replay", letter["id"], "--edit", json.dumps(give), "--yes", "--json")
+        done = worker.cli("replay", letter["id"], "--edit", json.dumps(give), "--yes", "--json", "--wait", "60s")
         assert json.loads(done.stdout.splitlines()[-1])["succeeded"] == 1
         wait_for(lambda: "fail_until given" in worker.ran(), worker.ran)
 
@@ -49,7 +54,7 @@ def test_what_is_only_hidden_is_replayed_as_it_was(broker, queue):
     with Worker(broker.url, [queue], policy=policy) as worker:
         Sender(broker.url).task(queue, "matrix_app.fail_until", ["/nowhere", SECRET], argsrepr=repr(["/nowhere", SECRET]))
         (letter,) = worker.wait_letters(queue, 1)
-        assert SECRET not in worker.cli("show", letter["id"], "--json").stdout + worker.cli("list", "--json").stdout
+        assert SECRET not in worker.cli("show", letter["id"], "--json").stdout + worker.cli("list", queue, "--json").stdout
         assert json.loads(worker.dead.get(letter["id"]).original.body)[0] == ["/nowhere", SECRET]
         assert worker.cli("replay", letter["id"], "--yes").returncode == 0
         wait_for(lambda: worker.ran().count(f"fail_until {SECRET}") == 2, worker.ran)

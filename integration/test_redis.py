@@ -86,10 +86,10 @@ def test_caps_by_bytes_and_age(redis_server, queue):
             sender.task(queue, "matrix_app.fail", [n], padding="x" * 1000)
         wait_for(lambda: worker.dead.stats(queue)[0].extra.get("captured") == 4, "4 captured", every=0.3)
         (row,) = worker.json("stats", queue)
+        before = row["letters"]
         assert row["bytes"] <= 4096 and row["letters"] + row["evicted_max_bytes"] == 4 and row["evicted_max_bytes"] > 0
     policy = policy.replace("max_bytes: 4KiB", "max_age: 1s")
     with Worker(redis_server.url, [queue], policy=policy, arguments=("-c", "1")) as worker:
-        before = worker.json("stats", queue)[0]["letters"]
         # Nothing dies any more: the worker looks at the caps now and then.
         wait_for(lambda: worker.dead.stats(queue)[0].extra.get("evicted_max_age") == before, "the old ones leave", every=0.3)
         assert worker.letters(queue) == []
@@ -104,7 +104,7 @@ def test_a_killed_workers_messages_come_back_and_are_counted(redis_server, queue
     for delivery in (1, 2):
         worker = Worker(redis_server.url, [queue], policy=policy, DLX_TRANSPORT_OPTIONS=options, arguments=("-P", "solo"))
         worker.start()
-        wait_for(lambda worker=worker: worker.ran() == ["sleeps"], f"delivery {delivery} started", timeout=30)
+        wait_for(lambda worker=worker: worker.ran() == ["sleeps"], f"delivery {delivery} started")
         worker.kill()
         assert len(unacknowledged(client, queue)) == 1, "the fault happened: the message is held by the dead"
     with Worker(redis_server.url, [queue], policy=policy, DLX_TRANSPORT_OPTIONS=options) as worker:
@@ -152,10 +152,13 @@ def test_a_stock_worker_restores_our_deliveries_to_their_queue(redis_server, que
 def test_unacknowledged_messages_return_at_shutdown(redis_server, queue, client):
     with Worker(redis_server.url, [queue], policy="version: 1\n", DLX_PREFETCH="8", arguments=("-c", "1")) as worker:
         sender = Sender(redis_server.url)
-        sender.task(queue, "matrix_app.sleeps", [2])
+        sender.task(queue, "matrix_app.sleeps", [5])
+        wait_for(
+            lambda: worker.ran() == ["sleeps"] and not unacknowledged(client, queue), "the task runs, acknowledged early"
+        )
         for n in range(5):
             sender.task(queue, "matrix_app.ok", [n])
-        wait_for(lambda: len(unacknowledged(client, queue)) >= 5, "messages are prefetched")
+        wait_for(lambda: len(unacknowledged(client, queue)) == 5, "messages are prefetched")
         worker.stop()
     assert client.llen(queue) == 5 and not unacknowledged(client, queue)
 
@@ -209,7 +212,11 @@ def test_a_worker_goes_on_after_no_ack_arrived(queue):
         # Without remote control, whose connection would notice; busy, so that nothing waits for Redis either.
         with Worker(server.url, [queue], app="faults.storm_app", policy=policy, DLX_STORM_TASK="1",
                     arguments=("-c", "1", "--without-heartbeat")) as worker:  # fmt: skip
-            wait_for(lambda: len(worker.ran()) == 2 and worker.output.count(" received") == 4, lambda: worker.output[-2000:])
+            # Two are done, and two that it holds use up its credit; or so a little later.
+            wait_for(
+                lambda: worker.output.count(" received") == (done := len(worker.ran())) + 2 and done >= 2,
+                lambda: worker.output[-2000:],
+            )
             server.crash()
             wait_for(
                 lambda: worker.output.count("Couldn't ack") == 2 or "onnection to broker lost" in worker.output,
@@ -253,12 +260,12 @@ def test_control_and_result_queues_are_never_touched(redis_server, queue, client
     with app.connection_for_read() as connection:
         simple = connection.SimpleQueue(queue)
         simple.put({"hello": 1})
-        message = simple.get(timeout=5)
+        message = simple.get(timeout=30)
         assert message.payload == {"hello": 1}
         message.reject()
         simple.close()
     assert app.control.ping(timeout=0.3) == []
-    assert set(client.keys("dlx:*")) == before
+    assert set(client.keys("dlx:*")) <= before, "no more than there were; some of other tests may have expired"
     assert not unacknowledged(client, queue)
 
 
@@ -273,7 +280,7 @@ def test_a_poisons_neighbours_are_not_to_blame(redis_server, queue, client):
     arguments = ("-P", "solo", "--prefetch-multiplier", "4")
     for delivery in (1, 2):
         worker = Worker(redis_server.url, [queue], policy=policy, DLX_TRANSPORT_OPTIONS=options, arguments=arguments).start()
-        wait_for(lambda worker=worker: worker.ran(), f"delivery {delivery} started", timeout=30)
+        wait_for(lambda worker=worker: worker.ran(), f"delivery {delivery} started")
         assert len(unacknowledged(client, queue)) == 4, "its neighbours are held"
         worker.kill()
     arguments = ("-c", "1", "--prefetch-multiplier", "4")

@@ -139,10 +139,11 @@ def test_killed_between_taking_and_storing(queue, client, limits, send, reason):
 def test_a_worker_that_cannot_keep_up(redis_server, queue, client):
     policy = f"version: 1\nqueues: {{{queue}: {{message_ttl: 2s}}}}\n"
     sender = Sender(redis_server.url)
-    sender.task(queue, "matrix_app.sleeps", [8])
+    sender.task(queue, "matrix_app.sleeps", [60])
     with Worker(redis_server.url, [queue], policy=policy, arguments=("-c", "1", "--prefetch-multiplier", "1")) as worker:
         wait_for(lambda: worker.ran() == ["sleeps"], worker.ran)
         late = [sender.task(queue, "matrix_app.ok", [n]) for n in range(4)]
         letters = worker.wait_letters(queue, 3)
+        worker.kill()
         assert [letter["task_id"] for letter in letters] == late[1:], "the first one is the worker's already"
         assert {letter["reason"] for letter in letters} == {"expired"}

@@ -41,7 +41,7 @@ def test_a_poison_that_kills_every_worker_is_counted_by_all_of_them(rabbitmq, qu
         worker = Worker(rabbitmq.url, [queue], policy=policy, arguments=("-P", "solo")).start()
         if delivery == 1:
             task_id = sender.task(queue, "matrix_app.sleeps", [60], properties={"priority": 3}, own="kept")
-        wait_for(lambda worker=worker: worker.ran() == ["sleeps"], f"delivery {delivery} started", timeout=30)
+        wait_for(lambda worker=worker: worker.ran() == ["sleeps"], f"delivery {delivery} started")
         worker.kill()
         wait_for(lambda: channel.queue_declare(queue, passive=True).message_count == 1, "the broker has it back")
     with Worker(rabbitmq.url, [queue], policy=policy, arguments=("-P", "solo")) as worker:

@@ -90,7 +90,7 @@ def test_forty_live_queues_are_covered_while_they_work(rabbitmq, queue, channel,
     consumed, classic, quorum = names[:-2], names[-2], names[-1]
     management.put(
         "policies", "/", f"{queue}-ops",
-        body={"pattern": f"^{queue}\\.[cq]", "definition": {"max-length": 50, "message-ttl": 4000},
+        body={"pattern": f"^{queue}\\.[cq]", "definition": {"max-length": 50, "message-ttl": 10_000},
               "apply-to": "queues", "priority": 7},
     )  # fmt: skip
     text = f"version: 1\nqueues:\n  {queue}.c.*: {{max_deliveries: 3}}\n  {queue}.q.*: {{type: quorum, max_deliveries: 3}}\n"
@@ -108,7 +108,7 @@ def test_forty_live_queues_are_covered_while_they_work(rabbitmq, queue, channel,
         live = by_management(management, "celery.dlx")
         for name in names:
             found = live.queues[name]
-            assert (found.setting("max-length"), found.setting("message-ttl")) == (50, 4000), (
+            assert (found.setting("max-length"), found.setting("message-ttl")) == (50, 10_000), (
                 "what somebody set still counts"
             )
             assert has_net(found, "celery.dlx")
@@ -150,7 +150,7 @@ def test_forty_live_queues_are_covered_while_they_work(rabbitmq, queue, channel,
     assert {row["code"] for row in drift} == {"DLX120"}
     assert len(drift) == 40, "the DLQs, which the policy matches too, are not its business"
     assert f"max-length: 50 → 60 (policy '{queue}-ops' says so)" in drift[0]["note"]
-    assert "message-ttl: 4000 → None" in drift[0]["note"]
+    assert "message-ttl: 10000 → None" in drift[0]["note"]
     shop.apply()
     found = by_management(management, "celery.dlx").queues[names[0]]
     assert (found.setting("max-length"), found.setting("message-ttl")) == (60, None)
@@ -359,7 +359,7 @@ class TestBadInput:
         management.delete("vhosts", vhost)
 
     def test_an_apply_that_was_interrupted_goes_on(self, shop, queue, channel, management):
-        names = [f"{queue}.{number}" for number in range(30)]
+        names = [f"{queue}.{number}" for number in range(60)]
         for name in names:
             declare(channel, name)
         shop.policy.write_text(f"version: 1\nqueues: {{{queue}.*: {{}}}}\n")

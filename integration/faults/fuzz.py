@@ -128,7 +128,9 @@ class Fuzz:
             self._settle()
             for queue in (self.early, self.late):
                 Sender(self.broker.url).task(queue, "fuzz.work", ["last"])
-            wait_for(lambda: self.worker.ran().count("last") == 2 or not self.worker.alive, "healthy tasks are executed", 30)
+            wait_for(
+                lambda: self.worker.ran().count("last") == 2 or not self.worker.alive, "healthy tasks are executed", 120
+            )
         except AssertionError as exc:
             self.account.worker.append(str(exc)[:500])
         if not self.worker.alive or self.worker.process.pid != pid:
@@ -185,7 +187,7 @@ class Fuzz:
 
         # Not within: an endless loop shows here, too.
         wait_for(quiet, lambda: f"{last} ready, bytes noted, letters; still changing:\n{self.worker.output[-3000:]}",
-                 60 + self.messages / 50, every=0.2)  # fmt: skip
+                 180 + self.messages / 50, every=0.2)  # fmt: skip
 
     def _ready(self) -> int:
         return sum(self._depth(queue) for queue in (self.early, self.late))

@@ -243,8 +243,10 @@ class Storm:
         wait_for(over, lambda: f"{self._waiting()} messages still wait: {self._stuck()}", 180, every=0.5)
 
     def _quiet(self) -> bool:
-        """Nothing was executed or dead-lettered for longer than anything may stay unseen."""
-        before, deadline = (self._executions(), self._count_letters()), time.monotonic() + 3
+        """Nothing was executed or dead-lettered for longer than anything may stay unseen: a letter that waits for a
+        connection, for five seconds.
+        """
+        before, deadline = (self._executions(), self._count_letters()), time.monotonic() + 6
         while time.monotonic() < deadline:
             if self._waiting() or (self._executions(), self._count_letters()) != before:
                 return False

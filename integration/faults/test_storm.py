@@ -22,7 +22,7 @@ def test_nothing_is_lost_in_a_storm(broker, queue):
 
 def test_nothing_is_lost_when_the_broker_fails(broker, queue):
     kinds = BROKER_FAULTS[broker.kind]
-    account = BrokerStorm(broker, queue, SEED, messages=1_000, faults=len(kinds), kills=True).run()
+    account = BrokerStorm(broker, queue, SEED, messages=1_000, faults=len(kinds), kills=True, task_seconds=0.08).run()
     assert set(account.faults) - {"killed_meanwhile"} == set(kinds), "each fault happened, as it asserts itself"
     assert account.idle == 0, f"there was work under way at each: {account.as_dict()}"
     assert (account.lost, account.wrong) == (set(), set()), account.as_dict()
