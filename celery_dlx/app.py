@@ -139,11 +139,29 @@ class DeadLetters:
     # -- the letters
 
     @property
+    def driver(self) -> str:
+        """What kind of broker the app consumes from, in kombu's words: amqp, redis.
+
+        Raises:
+            UsageError: the broker URL cannot be used.
+        """
+        try:
+            return str(self.app.connection_for_read().transport.driver_type)
+        except KeyError as exc:
+            raise UsageError(f"the broker URL cannot be used: {exc.args[0]}") from exc
+        except ValueError:
+            # Whose text may be a piece of the password.
+            raise UsageError(
+                "the broker URL cannot be used: no host and port were found in it; quote what is special in the password "
+                "(# is %23, / is %2F, ? is %3F, @ is %40)"
+            ) from None
+
+    @property
     def broker(self) -> Broker:
         """The dead-letter queues of the broker this app consumes from; connects when first asked for something."""
         if self._broker is None:
             connect = self.app.connection_for_read
-            kind = connect().transport.driver_type
+            kind = self.driver
             # Clients are imported when they are needed: importing celery_dlx must stay cheap.
             if kind == "amqp":
                 from celery_dlx.brokers.rabbitmq.frames import tolerant
@@ -170,7 +188,7 @@ class DeadLetters:
         Raises:
             UnsupportedBrokerError: the broker is not RabbitMQ. Redis needs nothing declared.
         """
-        kind = self.app.connection_for_read().transport.driver_type
+        kind = self.driver
         if kind != "amqp":
             raise UnsupportedBrokerError(f"broker transport {kind!r}: only RabbitMQ has a topology; nothing to declare here")
         from celery_dlx.brokers.rabbitmq.topology import RabbitMQTopology

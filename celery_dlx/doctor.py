@@ -13,7 +13,7 @@ from kombu.exceptions import KombuError
 from redis.exceptions import RedisError
 
 from celery_dlx.app import DeadLetters
-from celery_dlx.errors import BrokerUnreachableError, DeadLetterError, PolicyError
+from celery_dlx.errors import BrokerUnreachableError, DeadLetterError, PolicyError, UsageError
 from celery_dlx.policy.settings import NEARLY_FULL, fill
 from celery_dlx.topology.findings import CRITICAL, INFO, WARNING
 
@@ -49,7 +49,10 @@ def examine(dead: DeadLetters) -> Iterator[Check]:
     if not policy_ok:
         return
     try:
-        kind = dead.app.connection_for_read().transport.driver_type
+        kind = dead.driver
+    except UsageError as exc:
+        yield Check("broker", CRITICAL, str(exc), "correct the broker URL")
+        return
     except Exception as exc:  # noqa: BLE001 - kombu looks the transport's name up in many ways
         yield Check("broker", CRITICAL, f"the broker URL cannot be used: {exc}", "correct the broker URL")
         return
@@ -133,7 +136,7 @@ def _redis(dead: DeadLetters) -> Iterator[Check]:
                     yield Check(
                         "role", CRITICAL, "this is a replica: it takes no letters", "point the broker URL at the primary"
                     )
-        except (KombuError, *connection.connection_errors) as exc:
+        except (KombuError, ValueError, *connection.connection_errors) as exc:
             reason = str(exc).splitlines()[0] if str(exc) else type(exc).__name__
             yield Check(
                 "broker", CRITICAL, f"{connection.as_uri()}: {reason}", "start the broker, or correct the broker URL"
