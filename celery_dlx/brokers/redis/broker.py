@@ -10,6 +10,7 @@ from math import inf, isfinite
 from typing import Any
 
 import redis
+from redis.sentinel import MasterNotFoundError
 
 from celery_dlx.brokers.base import Match, QueueStats, Replayed, Run, wants_bodies
 from celery_dlx.brokers.redis.letters import letter_of, read_fields, revived
@@ -54,6 +55,10 @@ class RedisBroker:
                 # kombu wraps connection errors into its own OperationalError
                 if isinstance(exc.__cause__, (redis.exceptions.RedisError, OSError)):
                     raise unreachable(connection, exc.__cause__) from exc
+                if isinstance(exc, ValueError):  # no number for the database, no name for the master
+                    raise UsageError(
+                        f"{connection.as_uri()}: {exc}; correct the broker URL, or broker_transport_options"
+                    ) from exc
                 raise
             self._connection = connection
         return self._opened
@@ -327,4 +332,6 @@ def unreachable(connection: Any, exc: BaseException) -> BrokerUnreachableError:
     if isinstance(exc, redis.exceptions.AuthenticationError):
         return BrokerUnreachableError(f"{uri}: Redis refuses the user or password; check the broker URL")
     reason = str(exc or type(exc).__name__).splitlines()[0]
+    if isinstance(exc, MasterNotFoundError):
+        return BrokerUnreachableError(f"{uri}: {reason}; are these running, and is the transport option master_name right?")
     return BrokerUnreachableError(f"{uri}: {reason}; is Redis running, and the broker URL right?")

@@ -25,6 +25,7 @@ from kombu.utils.json import loads
 from celery_dlx.brokers.redis.deliveries import deliveries_key, lost_master, own_tag_text
 from celery_dlx.brokers.redis.qos import Inbound
 from celery_dlx.brokers.redis.scripts import source
+from celery_dlx.brokers.redis.sentinel import sentinels_of
 from celery_dlx.brokers.redis.waiting import Poller, Waiter
 
 logger = logging.getLogger("celery_dlx")
@@ -70,7 +71,7 @@ class Claims:
     def open(self) -> None:
         """Claim from now on."""
         self.on = bool(self.channel.ack_emulation) and not self._plain
-        self._home = str(self.channel.connection.client.as_uri())
+        self._home = self.channel.dlx_home
 
     def look(self) -> None:
         """There may be something to claim."""
@@ -383,6 +384,8 @@ class Claims:
         self._drop_waiters()
         if self._pool is not None:
             self._pool.disconnect()
+            for each in sentinels_of(self._pool):
+                each.close()
             self._pool = None
 
     def _drop_waiters(self) -> None:

@@ -22,6 +22,7 @@ from celery_dlx.brokers.redis.claims import Claims
 from celery_dlx.brokers.redis.deliveries import Deliveries
 from celery_dlx.brokers.redis.letters import parse_item
 from celery_dlx.brokers.redis.qos import TAG, Inbound, QoS
+from celery_dlx.brokers.redis.sentinel import SentinelConnection, SentinelSSLConnection
 from celery_dlx.brokers.redis.store import LetterStore
 from celery_dlx.brokers.redis.waiting import Poller
 from celery_dlx.letters import DeadLetter
@@ -95,6 +96,11 @@ class ChannelMixin:
     def dlx_deliveries(self) -> Deliveries:
         client = redis.Redis(connection_pool=self.pool)  # type: ignore[attr-defined]
         return Deliveries(client, self.global_keyprefix)  # type: ignore[attr-defined]
+
+    @property
+    def dlx_home(self) -> str:
+        """What a later channel has in common with this one if it finds the same messages."""
+        return str(self.connection.client.as_uri())  # type: ignore[attr-defined]
 
     def dlx_next_tag(self) -> str:
         return self.dlx_claims.next_tag()
@@ -205,7 +211,14 @@ class Channel(ChannelMixin, stock.Channel):  # type: ignore[misc]
 
 
 class SentinelChannel(ChannelMixin, stock.SentinelChannel):  # type: ignore[misc]
-    pass
+    connection_class = SentinelConnection
+    connection_class_ssl = SentinelSSLConnection
+
+    @property
+    def dlx_home(self) -> str:
+        # Whichever Sentinel is being asked, and whoever is the master: the messages are the same.
+        client = self.connection.client
+        return f"{self.master_name}/{client.virtual_host}@{';'.join(sorted(client.alt)) or client.as_uri()}"
 
 
 class TransportMixin:
