@@ -114,12 +114,14 @@ class Redis:
         """Start it on what data it has."""
         if shutil.which("redis-server") is None:
             install("redis-server", "REDIS", "redis-server")
-        command = ["redis-server", "--bind", "127.0.0.1", "--port", str(self.port), "--dir", str(self.home)]
-        command += ["--save", "", "--appendonly", "yes", *self.arguments]
         log = open(self.home / "log", "ab")  # noqa: SIM115 - the child keeps it
-        self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        self.process = subprocess.Popen(self._command(), stdout=log, stderr=log, start_new_session=True)
         wait_for(self._answers, lambda: (self.home / "log").read_text()[-2000:])
         return self
+
+    def _command(self) -> list[str]:
+        command = ["redis-server", "--bind", "127.0.0.1", "--port", str(self.port), "--dir", str(self.home)]
+        return [*command, "--save", "", "--appendonly", "yes", *self.arguments]
 
     def _answers(self) -> bool:
         """Not while it reads its data."""
@@ -141,6 +143,34 @@ class Redis:
         if self.process is not None:
             stop_process(self.process)
         shutil.rmtree(self.home, ignore_errors=True)
+
+
+class Sentinel(Redis):
+    """Watches a master, and decides alone that it is down."""
+
+    name = "shop"
+
+    def __init__(self, master: Redis) -> None:
+        super().__init__()
+        (self.home / "sentinel.conf").write_text(
+            f"bind 127.0.0.1\nport {self.port}\ndir {self.home}\n"
+            f"sentinel monitor {self.name} 127.0.0.1 {master.port} 1\n"
+            f"sentinel down-after-milliseconds {self.name} 500\nsentinel failover-timeout {self.name} 5000\n"
+        )
+
+    def _command(self) -> list[str]:
+        return ["redis-server", str(self.home / "sentinel.conf"), "--sentinel"]
+
+    def master(self) -> int:
+        """The port of the one in charge."""
+        with redis.Redis(port=self.port) as client:
+            return int(client.sentinel_get_master_addr_by_name(self.name)[1])
+
+    def replicas(self) -> list[int]:
+        """The ports of those that could be next."""
+        with redis.Redis(port=self.port) as client:
+            found = client.sentinel_slaves(self.name)
+        return [each["port"] for each in found if each["flags"] == "slave" and each["master-link-status"] == "ok"]
 
 
 class RabbitMQ:
