@@ -11,6 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 import servers
+from certificates import make
 
 
 @pytest.fixture(scope="session")
@@ -31,6 +32,12 @@ def redis_server():
 def broker(request):
     """Each broker in turn."""
     return request.getfixturevalue("rabbitmq" if request.param == "rabbitmq" else "redis_server")
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory):
+    """Where a server's certificate, its authority's and a stranger's are."""
+    return make(tmp_path_factory.mktemp("tls"))
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ app.conf.update(
     worker_hijack_root_logger=True,
     result_expires=3600,
     broker_transport_options=json.loads(os.environ.get("DLX_TRANSPORT_OPTIONS", "{}")),
+    broker_use_ssl=json.loads(os.environ.get("DLX_SSL", "null")),
     worker_pool_restarts=True,
 )
 for _name in ("task_acks_on_failure", "task_acks_on_timeout"):

@@ -20,10 +20,8 @@ from pathlib import Path
 import redis
 
 RABBITMQ = "/usr/lib/rabbitmq/bin/rabbitmq-server"
-_REMEDY = (
-    "{what} was not found and cannot be installed here. Install it (Debian: apt-get install {package}), or name one that "
-    "runs: DLX_TEST_{variable}=<url>"
-)
+_REMEDY = "{what} was not found and cannot be installed here. Install it (Debian: apt-get install {package})"
+_NAME_ONE = ", or name one that runs: DLX_TEST_{variable}=<url>"
 
 
 _given: set[int] = set()
@@ -62,10 +60,11 @@ def is_listening(port: int) -> bool:
         return False
 
 
-def install(package: str, variable: str, what: str) -> None:
-    """Install a Debian package where we may; else fail with the remedy."""
+def install(package: str, variable: str | None, what: str) -> None:
+    """Install a Debian package where we may; else fail with the remedy. ``variable`` could name a broker instead."""
+    remedy = (_REMEDY if variable is None else _REMEDY + _NAME_ONE).format(what=what, package=package, variable=variable)
     if shutil.which("apt-get") is None or os.geteuid() != 0:
-        raise RuntimeError(_REMEDY.format(what=what, package=package, variable=variable))
+        raise RuntimeError(remedy)
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     # Tests run two at a time: the second waits for the first, and then finds it installed.
     with open(Path(tempfile.gettempdir()) / "dlx-install.lock", "w") as lock:
@@ -79,7 +78,7 @@ def install(package: str, variable: str, what: str) -> None:
             timeout=600,
         )
     if log.returncode:
-        raise RuntimeError(_REMEDY.format(what=what, package=package, variable=variable) + "\n" + log.stderr[-2000:])
+        raise RuntimeError(remedy + "\n" + log.stderr[-2000:])
 
 
 def stop_process(process: subprocess.Popen, timeout: float = 20.0) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import servers
 from celery import Celery
@@ -89,6 +92,16 @@ def test_unknown_ids(broker, queue):
             done = worker.cli(*verb, "f" * 32, check=False)
             assert done.returncode == 1, verb
             assert "f" * 32 in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_reader_that_goes_is_no_news(redis_server, queue):
+    """As `head` does. (A broker that goes breaks pipes as well, and is news.)"""
+    worker = Worker(redis_server.url, [queue])
+    command = [sys.executable, "-m", "celery", "-A", "matrix_app", "dlx", "policy", "schema"]
+    process = subprocess.Popen(command, env=worker.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    said = process.stderr.read()
+    assert process.wait(60) == 1 and said == "", said
 
 
 def test_destructive_verbs_ask(broker, queue):

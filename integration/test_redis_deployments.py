@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
 from urllib.parse import quote
 
 import pytest
@@ -31,23 +29,6 @@ def refused(worker: Worker, *secrets: str) -> str:
 
 
 # -- TLS
-
-
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory):
-    """A server's key and certificate, its CA, and a CA that signed nothing."""
-    if shutil.which("openssl") is None:
-        servers.install("openssl", "REDIS", "openssl")
-    home = tmp_path_factory.mktemp("tls")
-    new = ("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2")
-    for name in ("ca", "stranger"):
-        files = ("-keyout", f"{name}.key", "-out", f"{name}.crt")
-        subprocess.run([*new, *files, "-subj", f"/CN={name}"], cwd=home, check=True, capture_output=True)
-    files = ("-keyout", "server.key", "-out", "server.crt", "-CA", "ca.crt", "-CAkey", "ca.key")
-    names = ("-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1")
-    names += ("-addext", "basicConstraints=critical,CA:FALSE")
-    subprocess.run([*new, *files, *names], cwd=home, check=True, capture_output=True)
-    return home
 
 
 @pytest.fixture(scope="module")

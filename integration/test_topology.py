@@ -373,6 +373,46 @@ class TestBadInput:
         assert shop.apply()[-1]["in_line"] is True
         shop.plan(expect=0)
 
+    def test_an_apply_whose_broker_goes_is_run_again(self, shop, rabbitmq, queue):
+        assert hasattr(rabbitmq, "crash"), "needs a broker of our own: unset DLX_TEST_RABBITMQ"
+        with Connection(rabbitmq.url) as connection:
+            for number in range(60):
+                declare(connection.default_channel, f"{queue}.{number}")
+        shop.policy.write_text(f"version: 1\nqueues: {{{queue}.*: {{}}}}\n")
+        command = [sys.executable, "-m", "celery", "-A", "matrix_app", "dlx", "topology", "apply", "--json"]
+        process = subprocess.Popen(command, env=shop.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(40):
+            assert process.stdout.readline()
+        rabbitmq.crash()
+        _, said = process.communicate(timeout=120)
+        rabbitmq.run()
+        assert process.returncode == 69 and "Traceback" not in said, f"one line, and the right code: {said}"
+        assert len(codes(shop.plan(expect=1), "step")) >= 1, "the fault happened: it was not done"
+        assert shop.apply()[-1]["in_line"] is True
+        shop.plan(expect=0)
+
+    def test_a_policy_that_somebody_deletes_meanwhile_is_set_again(self, shop, queue, channel, management):
+        names = [f"{queue}.{number}" for number in range(20)]
+        for name in names:
+            declare(channel, name)
+        shop.policy.write_text(f"version: 1\nqueues: {{{queue}.*: {{}}}}\n")
+        command = [sys.executable, "-m", "celery", "-A", "matrix_app", "dlx", "topology", "apply", "--json"]
+        process = subprocess.Popen(command, env=shop.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        deleted = None
+        for line in process.stdout:
+            step = json.loads(line)
+            if deleted is None and step.get("kind") == "policy":
+                deleted = step["name"]
+                management.delete("policies", "/", deleted)
+        said = process.stderr.read()
+        assert deleted is not None, "the fault happened"
+        assert process.wait(60) in (0, 1) and "Traceback" not in said, said
+        if process.returncode == 0:  # it was deleted before it was set
+            shop.plan(expect=0)
+        else:
+            assert shop.apply()[-1]["in_line"] is True
+        shop.plan(expect=0)
+
 
 def test_the_environment_names_the_management_api(shop, rabbitmq, queue):
     shop.policy.write_text(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import re
+import select
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -34,6 +35,16 @@ def dlx(ctx: click.Context, **_: Any) -> None:
     logging.getLogger("amqp").setLevel(logging.ERROR)
 
 
+def _nobody_reads() -> bool:
+    """Whether what our output goes to has ended, as `head` does: else it is the broker's connection that broke."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    except (OSError, ValueError):  # it is no file
+        return False
+
+
 def command(group: Any = dlx, **settings: Any) -> Callable[[Callable[..., Any]], Any]:
     """A command whose errors are one line and the right exit code, never a traceback."""
 
@@ -49,7 +60,7 @@ def command(group: Any = dlx, **settings: Any) -> Callable[[Callable[..., Any]],
                 output.say(f"Error: Redis refuses: {exc}; what was not done is still in its dead-letter queue")
                 sys.exit(EXIT_FINDINGS)
             except (AMQPError, RedisError, KombuError, OSError) as exc:
-                if isinstance(exc, BrokenPipeError):
+                if isinstance(exc, BrokenPipeError) and _nobody_reads():
                     raise
                 reason = str(exc).splitlines()[0] if str(exc) else type(exc).__name__
                 output.say(f"Error: the broker connection failed: {reason}; nothing was lost, try again")
