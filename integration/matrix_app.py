@@ -26,6 +26,8 @@ app.conf.update(
     broker_transport_options=json.loads(os.environ.get("DLX_TRANSPORT_OPTIONS", "{}")),
     broker_use_ssl=json.loads(os.environ.get("DLX_SSL", "null")),
     worker_pool_restarts=True,
+    worker_soft_shutdown_timeout=float(os.environ.get("DLX_SOFT", "0")),
+    worker_cancel_long_running_tasks_on_connection_loss=os.environ.get("DLX_CANCEL") == "1",
 )
 for _name in ("task_acks_on_failure", "task_acks_on_timeout"):
     if os.environ.get("DLX_NO_ACK_ON_FAILURE") == "1" and _name in app.conf:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from faults.proxy import Proxy
 from raw import Sender
 from servers import wait_for
 from workers import Worker
@@ -40,11 +42,12 @@ def is_idle(process):
     return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "S"
 
 
-@pytest.mark.parametrize(("how", "late"), [("warm", True), ("warm", False), ("cold", True)])
+@pytest.mark.parametrize(("how", "late"), [("warm", True), ("warm", False), ("soft", True), ("cold", True)])
 def test_what_a_stopped_worker_left_another_one_does(broker, queue, late, how):
     # A cold stop that arrives while Celery's parent reads a result (it acts in the signal handler) takes half a minute or
     # more, with or without us: so one child, and in the midst of a task.
-    first = Worker(broker.url, [queue], policy=policy(queue, late), arguments=("-c", "1" if how == "cold" else "2")).start()
+    children, soft = "2" if how == "warm" else "1", "2" if how == "soft" else "0"
+    first = Worker(broker.url, [queue], policy=policy(queue, late), arguments=("-c", children), DLX_SOFT=soft).start()
     send(broker, queue)
     wait_for(lambda: naps_after(first, "began 10") and is_idle(first.process), first.ran, every=0.01)
     first.process.send_signal(signal.SIGTERM if how == "warm" else signal.SIGQUIT)
@@ -71,6 +74,28 @@ def test_children_that_come_and_go(broker, queue, late, arguments):
         wait_for(lambda: len(counted(worker)) == MESSAGES, lambda: len(counted(worker)))
         assert worker.letters(queue) == []
     assert set(counted(worker).values()) == {1}
+
+
+def test_tasks_that_are_cancelled_when_the_connection_is_lost(broker, queue):
+    """Celery ends late-acknowledged ones then, for they will be delivered again."""
+    base, rest = broker.url.rsplit(":", 1)
+    port, path = rest.split("/", 1)
+    proxy = Proxy(int(port))
+    options = json.dumps({"visibility_timeout": 30} if broker.kind == "redis" else {})
+    through, env = f"{base}:{proxy.port}/{path}", {"DLX_CANCEL": "1", "DLX_TRANSPORT_OPTIONS": options}
+    try:
+        with Worker(through, [queue], policy=policy(queue, True), **env) as worker:
+            sender = Sender(broker.url)
+            for number in range(6):
+                sender.task(queue, "matrix_app.naps", [str(number), 4])
+            wait_for(lambda: {"began 0", "began 1"} <= set(worker.ran()), worker.ran)
+            proxy.cut()
+            wait_for(lambda: len(counted(worker)) == 6, worker.ran, 120)
+            ran = Counter(worker.ran())
+            assert min(ran["began 0"], ran["began 1"]) > 1, "the fault happened: they were ended, and begun again"
+            assert set(counted(worker).values()) == {1} and worker.letters(queue) == []
+    finally:
+        proxy.close()
 
 
 def test_a_pool_that_is_restarted_under_load(broker, queue):
