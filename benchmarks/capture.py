@@ -3,9 +3,8 @@
     python benchmarks/capture.py --broker amqp://… [--broker redis://…] [--messages 12000] [--rounds 3]
 
 Same settings for all: prefork -c 2, prefetch 64, messages preloaded. The modes take turns within each round, and the
-ratios are medians of each round's ratios: compare ratios, not absolute figures. Every run
-checks that all messages were processed and,
-where letters are kept, that all were captured (with a traceback, by celery-dlx).
+ratios are medians of each round's ratios: compare ratios, not absolute figures. Every run checks that all messages were
+processed and, where letters are kept, that all were captured (with a traceback, by celery-dlx).
 """
 
 from __future__ import annotations
