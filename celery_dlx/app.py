@@ -22,6 +22,7 @@ from celery_dlx.brokers.queues import identity, queues_class
 from celery_dlx.brokers.redis import install as install_redis_transport
 from celery_dlx.errors import (
     AlreadyInstalledError,
+    BrokerUrlError,
     NotInstalledError,
     PolicyError,
     UnknownLetterError,
@@ -149,12 +150,8 @@ class DeadLetters:
             return str(self.app.connection_for_read().transport.driver_type)
         except KeyError as exc:
             raise UsageError(f"the broker URL cannot be used: {exc.args[0]}") from exc
-        except ValueError:
-            # Whose text may be a piece of the password.
-            raise UsageError(
-                "the broker URL cannot be used: no host and port were found in it; quote what is special in the password "
-                "(# is %23, / is %2F, ? is %3F, @ is %40)"
-            ) from None
+        except (ValueError, TypeError):
+            raise BrokerUrlError() from None
 
     @property
     def broker(self) -> Broker:

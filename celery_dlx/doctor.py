@@ -121,6 +121,8 @@ def _rabbitmq(dead: DeadLetters) -> Iterator[Check]:
 
 
 def _redis(dead: DeadLetters) -> Iterator[Check]:
+    from celery_dlx.brokers.redis.broker import misconfigured  # its client is imported only where it is used
+
     with dead.app.connection_for_read() as connection:
         try:
             channel = connection.default_channel
@@ -136,7 +138,10 @@ def _redis(dead: DeadLetters) -> Iterator[Check]:
                     yield Check(
                         "role", CRITICAL, "this is a replica: it takes no letters", "point the broker URL at the primary"
                     )
-        except (KombuError, ValueError, *connection.connection_errors) as exc:
+        except (ValueError, TypeError) as exc:
+            yield Check("broker", CRITICAL, str(misconfigured(exc)), "correct the broker URL, or broker_transport_options")
+            return
+        except (KombuError, *connection.connection_errors) as exc:
             reason = str(exc).splitlines()[0] if str(exc) else type(exc).__name__
             yield Check(
                 "broker", CRITICAL, f"{connection.as_uri()}: {reason}", "start the broker, or correct the broker URL"

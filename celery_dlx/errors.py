@@ -29,6 +29,16 @@ class NotInstalledError(UsageError):
     """The app has no DeadLetters."""
 
 
+class BrokerUrlError(UsageError):
+    """The broker URL makes no sense. What was found in it is not shown: it may be a piece of the password."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the broker URL cannot be used: expected transport://user:password@host:port/database?options; quote what is "
+            "special in the password (# is %23, / is %2F, ? is %3F, @ is %40)"
+        )
+
+
 class UnsupportedBrokerError(UsageError):
     """The broker's transport is neither RabbitMQ nor Redis."""
 

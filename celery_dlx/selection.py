@@ -43,7 +43,7 @@ class Selection:
         self.first, self.last = first, last
         #: Nothing else is asked: all letters of a fingerprint match, or none.
         self.causes_only = causes_only
-        #: Stand in the record of every letter that matches, however its JSON was written.
+        #: Stand in the record of every letter that matches, if what they are words of is text there.
         self.words = words
         #: The newest come first; only what comes after this letter, which died then, is meant.
         self.newest = False
@@ -154,8 +154,8 @@ def match(
 
 
 _COMPARISON = re.compile(r"(?P<operator>==|!=|>=|<=|>|<)?\s*(?P<number>\d{1,9})")
-#: Characters that JSON holds as they are.
-_PLAIN = re.compile(r"[ !#-.0-;=?-\[\]-~]+")
+#: Characters that every JSON encoder writes as they are.
+_PLAIN = re.compile(r"[ A-Za-z0-9_.:@,;()-]+")
 
 
 def _plain(text: str) -> str:

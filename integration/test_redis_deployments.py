@@ -180,5 +180,12 @@ def test_a_password_that_urls_have_to_quote(queue):
         done = Worker(url.replace(quoted, "geheim#42"), [queue]).cli("list", check=False)
         assert done.returncode == 2 and "quote what is special in the password" in done.stderr
         assert "Traceback" not in done.stderr and "geheim" not in done.stderr
+        for bad in ("12/geheim", "123?heim=1&geheim", "12#geheim"):
+            worker = Worker(url.replace(quoted, bad), [queue])
+            for command in ("list", "doctor"):
+                done = worker.cli(command, check=False)
+                said = done.stdout + done.stderr
+                assert done.returncode in (2, 69) and "Traceback" not in said and "heim" not in said, (bad, said)
+                assert "quote what is special in the password" in said or "#" in bad, (bad, said)
     finally:
         server.stop()

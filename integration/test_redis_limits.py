@@ -88,6 +88,15 @@ def test_a_message_that_is_asked_for_again_makes_no_other_one_old(queue, client,
     assert too_old(limits, queue) == 0 and client.llen(queue) == 6
 
 
+def test_a_clock_that_was_set_back_keeps_nothing_for_longer(queue, client, limits, send):
+    send(2)
+    too_old(limits, queue)
+    age(client, queue, -7_200_000)
+    assert too_old(limits, queue) == 0 and client.llen(marks(client, queue)) == 1, "it is noted anew, by the clock of now"
+    age(client, queue, 4_000_000)
+    assert too_old(limits, queue) == 2
+
+
 def test_many_go_in_steps_and_consumed_marks_are_forgotten(queue, client, limits, send):
     send(250)
     too_old(limits, queue)
@@ -129,7 +138,7 @@ def test_killed_between_taking_and_storing(queue, client, limits, send, reason):
         taken = limits._overflow(limits._keys(queue), [0, 100, nonce, 0, json.dumps(queue)])
     assert len(taken) == len(unacknowledged(client, queue)) == 5 and not client.llen(queue), "the fault happened"
     client.zadd("unacked_index", {f"{nonce}{n}": n for n in range(1, 6)})
-    limits._channel.qos.restore_visible()
+    limits._channel.qos.restore_visible(num=None, interval=1)
     assert client.lrange(queue, 0, -1)[::-1] == taken and not unacknowledged(client, queue)
     if reason == "expired":
         client.lpush(marks(client, queue), f"{int(client.time()[0] - 4_000) * 1000} ".encode() + taken[-1])

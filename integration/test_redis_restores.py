@@ -69,6 +69,18 @@ def test_they_come_in_their_order_counted_and_never_twice(queue, client, channel
     assert client.llen(queue) == 50
 
 
+def test_ages_in_the_future_hold_up_nothing_on_a_full_server(redis_server, queue, client, channel, held):
+    items = held(3)
+    client.zadd("unacked_index", {f"dlx-{queue}:0": client.time()[0] + 3_600})
+    client.config_set("maxmemory", 1)
+    try:
+        restore(channel)
+    finally:
+        client.config_set("maxmemory", 0)
+    assert client.lrange(queue, 0, -1)[::-1] == items[1:] and len(unacknowledged(client, queue)) == 1
+    assert client.zscore("unacked_index", f"dlx-{queue}:0") < client.time()[0] + 60
+
+
 def test_those_that_were_renewed_since_stay(queue, client, channel, held):
     held(3)
     channel.dlx_deliveries.renew("unacked_index", [f"dlx-{queue}:1"])

@@ -204,6 +204,7 @@ def test_revived_expiration():
     ("filters", "words"),
     [
         ({"text": "no address"}, ["no address"]),
+        ({"text": "Tom & Jerry's <b>"}, [" Jerry"]),
         ({"text": 'the "größte" number'}, [" number"]),
         ({"text": "\\é"}, []),
         ({"worker": "celery@shop-*[12]?x"}, ["celery@shop-"]),

@@ -39,9 +39,9 @@ def _nobody_reads() -> bool:
     """Whether what our output goes to has ended, as `head` does: else it is the broker's connection that broke."""
     try:
         poll = select.poll()
-        poll.register(sys.stdout.fileno(), 0)
-        return any(event & select.POLLERR for _, event in poll.poll(0))
-    except (OSError, ValueError):  # it is no file
+        poll.register(sys.stdout.fileno(), select.POLLOUT)
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    except (AttributeError, OSError, ValueError):  # there is no poll here, or this is no file
         return False
 
 

@@ -16,7 +16,14 @@ from celery_dlx.brokers.base import Match, QueueStats, Replayed, Run, wants_bodi
 from celery_dlx.brokers.redis.letters import letter_of, read_fields, revived
 from celery_dlx.brokers.redis.reader import Cause, Found, Span, bytes_of
 from celery_dlx.brokers.redis.store import LetterStore, is_full
-from celery_dlx.errors import BrokerUnreachableError, ReplayError, StoreFullError, UnknownLetterError, UsageError
+from celery_dlx.errors import (
+    BrokerUnreachableError,
+    BrokerUrlError,
+    ReplayError,
+    StoreFullError,
+    UnknownLetterError,
+    UsageError,
+)
 from celery_dlx.groups import TREND, Group, Groups, group_of
 from celery_dlx.letters import DeadLetter
 from celery_dlx.policy.settings import Policy
@@ -55,10 +62,8 @@ class RedisBroker:
                 # kombu wraps connection errors into its own OperationalError
                 if isinstance(exc.__cause__, (redis.exceptions.RedisError, OSError)):
                     raise unreachable(connection, exc.__cause__) from exc
-                if isinstance(exc, ValueError):  # no number for the database, no name for the master
-                    raise UsageError(
-                        f"{connection.as_uri()}: {exc}; correct the broker URL, or broker_transport_options"
-                    ) from exc
+                if isinstance(exc, (ValueError, TypeError)):
+                    raise misconfigured(exc) from exc
                 raise
             self._connection = connection
         return self._opened
@@ -324,6 +329,13 @@ def _full(exc: BaseException, consequence: str) -> Exception:
     if is_full(exc):
         return StoreFullError(f"Redis is full (OOM): {consequence}; raise `maxmemory` or discard letters, and try again")
     return exc if isinstance(exc, Exception) else RuntimeError(str(exc))
+
+
+def misconfigured(exc: Exception) -> UsageError:
+    """No name for Sentinel's master; or no number for the database, an option that there is not."""
+    if "master_name" in str(exc):
+        return UsageError(f"{exc} Name it in broker_transport_options")
+    return BrokerUrlError()
 
 
 def unreachable(connection: Any, exc: BaseException) -> BrokerUnreachableError:

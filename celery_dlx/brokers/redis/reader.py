@@ -111,19 +111,21 @@ class LetterReader:
     def _scanned(self, queue: str, name: bytes, span: Span, words: Sequence[str], bodies: bool) -> Iterator[Found]:
         """Redis looks into the records, and sends what matches only."""
         _, payloads, records, _ = self.keys(queue)
-        position = None if span.after is None else (span.after[0], bytes_of(span.after[1]))
-        order = "1" if span.newest else ""
+        done = None if span.after is None else (span.after[0], bytes_of(span.after[1]))
+        looked: tuple[bytes, Any] = (b"", "") if done is None else (done[1], repr(done[0]))
+        order, bodies_too = "1" if span.newest else "", "1" if bodies else ""
         while True:
-            last, score = ("", "") if position is None else (position[1], repr(position[0]))
-            args = [repr(span.first), repr(span.last), order, last, score, "1" if bodies else "", *words]
+            args = [repr(span.first), repr(span.last), order, *looked, bodies_too, *words]
             last, score, *found = self._scan(keys=[name, records, payloads], args=args)
-            if not last:
+            if not score:
                 return
             rows = iter(found)
             for member, died, record, item in zip(rows, rows, rows, rows, strict=True):
-                if span.beyond(position, (member, float(died))):
-                    yield Found(text_of(member), float(died), record, item if bodies else None)
-            position = float(score), last
+                if span.beyond(done, (member, float(died))):
+                    done = float(died), member
+                    yield Found(text_of(member), float(died), record, item)
+            # Not the same: where the letter looked at last left, those that died in its moment are looked at again.
+            looked = last, score
 
     def _walk(self, queue: str, name: bytes, span: Span, bodies: bool) -> Iterator[Found]:
         for page in self._scored(name, span, _PAGE):

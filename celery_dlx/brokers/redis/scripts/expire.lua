@@ -17,6 +17,13 @@ local function split(mark)
   return tonumber(string.sub(mark, 1, at - 1)), string.sub(mark, at + 1)
 end
 
+-- Marks of a clock that was set back since tell nothing, and would keep others from being noted until it is there again.
+while true do
+  local mark = redis.call('LINDEX', KEYS[3], 0)
+  if not mark or split(mark) <= now then break end
+  redis.call('LPOP', KEYS[3])
+end
+
 while #taken < most do
   local mark = redis.call('LINDEX', KEYS[3], -1)
   if not mark then break end

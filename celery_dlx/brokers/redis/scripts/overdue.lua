@@ -6,6 +6,7 @@ local now = time[1] + time[2] / 1000000
 -- A clock that was set back leaves ages in the future. They begin anew, or what was held would wait until they are reached;
 -- a minute is for stock workers, who go by clocks of their own.
 local ahead = redis.call('ZRANGEBYSCORE', KEYS[2], string.format('(%.6f', now + 60), '+inf', 'LIMIT', 0, ARGV[2])
+if #ahead > 0 then redis.call('ZREM', KEYS[2], '') end  -- first what a full server does not refuse: see capture.lua
 for _, tag in ipairs(ahead) do redis.call('ZADD', KEYS[2], string.format('%.6f', now), tag) end
 local before = string.format('%.6f', now - ARGV[1])
 local tags = redis.call('ZREVRANGEBYSCORE', KEYS[2], before, '-inf', 'LIMIT', 0, ARGV[2])
