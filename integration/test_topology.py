@@ -72,6 +72,14 @@ def shop(rabbitmq, tmp_path):
             done = self.run("topology", "apply", "--json", "--yes", *arguments, expect=expect)
             return [json.loads(line) for line in done.stdout.splitlines()]
 
+        def applying(self, channel, queue: str, count: int) -> subprocess.Popen:
+            """An `apply` that has many live queues to cover, under way."""
+            for number in range(count):
+                declare(channel, f"{queue}.{number}")
+            self.policy.write_text(f"version: 1\nqueues: {{{queue}.*: {{}}}}\n")
+            command = [sys.executable, "-m", "celery", "-A", "matrix_app", "dlx", "topology", "apply", "--json"]
+            return subprocess.Popen(command, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
     return Shop()
 
 
@@ -359,12 +367,7 @@ class TestBadInput:
         management.delete("vhosts", vhost)
 
     def test_an_apply_that_was_interrupted_goes_on(self, shop, queue, channel, management):
-        names = [f"{queue}.{number}" for number in range(60)]
-        for name in names:
-            declare(channel, name)
-        shop.policy.write_text(f"version: 1\nqueues: {{{queue}.*: {{}}}}\n")
-        command = [sys.executable, "-m", "celery", "-A", "matrix_app", "dlx", "topology", "apply", "--json"]
-        process = subprocess.Popen(command, env=shop.env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        process = shop.applying(channel, queue, 60)
         for _ in range(40):
             assert process.stdout.readline()
         process.kill()
@@ -376,11 +379,7 @@ class TestBadInput:
     def test_an_apply_whose_broker_goes_is_run_again(self, shop, rabbitmq, queue):
         assert hasattr(rabbitmq, "crash"), "needs a broker of our own: unset DLX_TEST_RABBITMQ"
         with Connection(rabbitmq.url) as connection:
-            for number in range(60):
-                declare(connection.default_channel, f"{queue}.{number}")
-        shop.policy.write_text(f"version: 1\nqueues: {{{queue}.*: {{}}}}\n")
-        command = [sys.executable, "-m", "celery", "-A", "matrix_app", "dlx", "topology", "apply", "--json"]
-        process = subprocess.Popen(command, env=shop.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            process = shop.applying(connection.default_channel, queue, 60)
         for _ in range(20):
             assert process.stdout.readline()
         rabbitmq.crash()
@@ -394,12 +393,7 @@ class TestBadInput:
         shop.plan(expect=0)
 
     def test_a_policy_that_somebody_deletes_meanwhile_is_set_again(self, shop, queue, channel, management):
-        names = [f"{queue}.{number}" for number in range(20)]
-        for name in names:
-            declare(channel, name)
-        shop.policy.write_text(f"version: 1\nqueues: {{{queue}.*: {{}}}}\n")
-        command = [sys.executable, "-m", "celery", "-A", "matrix_app", "dlx", "topology", "apply", "--json"]
-        process = subprocess.Popen(command, env=shop.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = shop.applying(channel, queue, 20)
         deleted = None
         for line in process.stdout:
             step = json.loads(line)
