@@ -143,6 +143,16 @@ def test_redis_looks_into_records_lot_by_lot(dead, queue, client, newest):
     assert [each for each in wanted if each in rest] == rest
 
 
+def test_a_letter_whose_id_is_empty_ends_no_search(dead, queue, client):
+    """Nobody but another program's hand, or an import, makes one."""
+    ids = [letter.id for letter in store(dead, queue, [0, 0])]
+    name = f"dlx:{{{queue}.dlq}}"
+    client.zadd(name, {"": client.zscore(name, ids[0]) - 1})
+    client.hset(f"{name}:records", "", client.hget(f"{name}:records", ids[0]))
+    assert [letter.id for letter in dead.letters(queue, worker="w0@host")] == ["", *ids]
+    assert [letter.id for letter in dead.letters(queue, worker="w0@host", newest=True)] == [*ids[::-1], ""]
+
+
 def test_large_records_are_looked_into_a_few_at_a_time(dead, queue, client):
     letters = [letter_of(queue, 0, "boom" + "x" * 16_000) for _ in range(300)]
     letters[299].worker = "other@host"
