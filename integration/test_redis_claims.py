@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -47,7 +48,7 @@ def test_a_warm_shutdown_puts_back_what_did_not_start(redis_server, queue, clien
         "the first task runs, and is acknowledged",
     )
     worker.process.send_signal(signal.SIGTERM)
-    assert worker.wait_exit() == 0
+    assert worker.wait_exit() == 0, worker.output[-5000:]
     done = len(worker.ran())
     assert 1 <= done < 8, "it was stopped in the midst of it"
     assert client.llen(queue) == 8 - done
@@ -193,6 +194,29 @@ def test_cancelled_queues_get_back_what_was_claimed(redis_server, queue, client,
     consumer.channel.basic_cancel(consumer.tags[queue])
     assert client.llen(queue) == 4 - len(consumer.got)
     assert consumer.channel.dlx_claims.tags() == []
+
+
+def test_a_backlog_goes_out_one_by_one_and_waits_for_credit(redis_server, queue, client, consumer):
+    """As with tasks that run in the loop itself: each is settled before the next one is given out."""
+    claims = consumer.channel.dlx_claims
+    claims.one_by_one = True
+    for _ in range(4):
+        Sender(redis_server.url).task(queue)
+    consumer.drain(lambda: consumer.got)
+    assert (len(consumer.got), len(claims.tags())) == (1, 3), "all were claimed, and one given out"
+    consumer.connection.drain_events(timeout=5)
+    assert len(consumer.got) == 2
+    consumer.channel.qos.prefetch_count = 2
+    for _ in range(2):  # its files are readable at once, and then not any more: that would be a busy loop
+        with suppress(TimeoutError):
+            consumer.connection.drain_events(timeout=0.01)
+    assert claims._backlog not in [kind for _, kind in consumer.connection.transport.cycle._fd_to_chan.values()]
+    assert len(consumer.got) == 2, "there is no credit for more"
+    consumer.channel.qos.prefetch_count = 4
+    consumer.drain(lambda: len(consumer.got) == 4)
+    for message in consumer.got:
+        message.ack()
+    assert not unacknowledged(client, queue)
 
 
 def test_queues_that_come_and_go_leave_no_connections(redis_server, queue, client, consumer):

@@ -12,21 +12,18 @@ import json
 import logging
 from collections import deque
 from collections.abc import Collection, Iterable
-from itertools import groupby
-from operator import itemgetter
 from queue import Empty
 from time import monotonic
 from typing import Any
 
 import redis
-from kombu.utils.encoding import bytes_to_str
-from kombu.utils.json import loads
 
-from celery_dlx.brokers.redis.deliveries import deliveries_key, lost_master, own_tag_text
+from celery_dlx.brokers.redis import orphans
+from celery_dlx.brokers.redis.deliveries import deliveries_key, envelope_of, lost_master, own_tag_of
 from celery_dlx.brokers.redis.qos import Inbound
 from celery_dlx.brokers.redis.scripts import source
 from celery_dlx.brokers.redis.sentinel import sentinels_of
-from celery_dlx.brokers.redis.waiting import Poller, Waiter
+from celery_dlx.brokers.redis.waiting import Backlog, Poller, Waiter
 
 logger = logging.getLogger("celery_dlx")
 
@@ -38,9 +35,6 @@ MOST_WAITERS = 64
 _CLAIM_ANYHOW = 15.0
 #: Where waiters cannot be had, waiting is BRPOP's for so long, in seconds.
 _WITHOUT = 60.0
-
-#: What may be unacknowledged and nobody's, by server: its tag, and whether it had been delivered.
-_orphans: dict[str, deque[tuple[str, bool]]] = {}
 
 
 class Claims:
@@ -59,8 +53,8 @@ class Claims:
         self._sha: str | None = None
         #: Queues and credit of the claim that is not answered yet.
         self._asked: tuple[list[str], int] | None = None
-        self._pinged = False
         self._claimed: deque[Inbound] = deque()
+        self._backlog = Backlog(self)
         self._pool: Any = None
         self._waiters: dict[str, Waiter] = {}
         #: Until when there are no waiters, or none for one key.
@@ -199,18 +193,41 @@ class Claims:
     @property
     def wanted(self) -> bool:
         """Whether the next command is ours rather than BRPOP."""
-        return bool(self._claimed) or (self.on and self._may_have_more)
+        return self.on and self._may_have_more
+
+    @property
+    def backlog(self) -> bool:
+        """Whether messages are claimed, and not given out yet."""
+        return bool(self._claimed)
+
+    def offer(self, poller: Poller) -> None:
+        """Give out the next of the backlog when the loop comes to its readable files."""
+        if not poller._client_registered(self.channel, self._backlog, self._backlog):
+            poller._register(self.channel, self._backlog, self._backlog)
+
+    def give(self) -> bool:
+        """Deliver from the backlog.
+
+        Raises:
+            Empty: nothing is left, or there is no credit for it now.
+        """
+        try:
+            if not self._claimed or not self.channel.qos.can_consume():
+                raise Empty()
+            self._deliver()
+        finally:
+            if not self._claimed or not self.channel.qos.can_consume():
+                self._withdraw()
+        return True
+
+    def _withdraw(self) -> None:
+        if self.channel.connection is not None:  # else it is closed for the second time
+            self.channel.connection.cycle.forget(self.channel, self._backlog)
 
     def start(self) -> None:
         """Send a claim, if there is credit."""
         channel, connection = self.channel, self.channel.client.connection
         self._sweep()
-        if self._claimed:
-            # Of those that wait in here the next one is given out when the answer makes the socket readable.
-            channel._in_poll, self._pinged = connection, True
-            channel._brpop_sent_at = monotonic()
-            connection.send_command("PING")
-            return
         credit = self._credit()
         queues = channel._queue_cycle.consume(len(channel.active_queues))
         if not queues or credit <= 0:
@@ -236,7 +253,7 @@ class Claims:
     @property
     def asked(self) -> bool:
         """Whether the answer that comes is to a command of ours."""
-        return self._asked is not None or self._pinged
+        return self._asked is not None
 
     def read(self) -> bool:
         """Take the answer, and deliver.
@@ -244,24 +261,19 @@ class Claims:
         Raises:
             Empty: there was nothing.
         """
-        channel = self.channel
-        if self._pinged:
-            self._pinged = False
-            self._answer("PING")
-        else:
-            assert self._asked is not None
-            queues, credit = self._asked
-            try:
-                counted, found, full = self._answer("EVALSHA")
-            except redis.exceptions.NoScriptError:
-                self._asked = self._sha = None  # flushed, or another server
-                raise Empty() from None
-            self._asked = None
-            items = [(queues[found[at] - 1], found[at + 1]) for at in range(0, len(found), 2)]
-            self._claimed.extend(Inbound(queue, item, self.next_tag()) for queue, item in items)
-            self._number += credit - len(items)
-            self._may_have_more = bool(full)
-            self._count_returns([queues[number - 1] for number in counted])
+        assert self._asked is not None
+        channel, (queues, credit) = self.channel, self._asked
+        try:
+            counted, found, full = self._answer()
+        except redis.exceptions.NoScriptError:
+            self._asked = self._sha = None  # flushed, or another server
+            raise Empty() from None
+        self._asked = None
+        items = [(queues[found[at] - 1], found[at + 1]) for at in range(0, len(found), 2)]
+        self._claimed.extend(Inbound(queue, item, self.next_tag()) for queue, item in items)
+        self._number += credit - len(items)
+        self._may_have_more = bool(full)
+        self._count_returns([queues[number - 1] for number in counted])
         if channel._closing:
             self.restore()
             return True
@@ -270,10 +282,10 @@ class Claims:
         self._deliver()
         return True
 
-    def _answer(self, command: str) -> Any:
+    def _answer(self) -> Any:
         client = self.channel.client
         try:
-            return client.parse_response(client.connection, command)
+            return client.parse_response(client.connection, "EVALSHA")
         except redis.exceptions.NoScriptError:
             raise
         except redis.exceptions.ReadOnlyError as exc:
@@ -307,7 +319,7 @@ class Claims:
                 continue
             channel.dlx_inbound = inbound
             try:
-                payload = _envelope(inbound.item)
+                payload = envelope_of(inbound.item)
             except Exception as exc:  # noqa: BLE001 - not JSON, not UTF-8, no mapping, no properties, …
                 channel.dlx_inbound = None
                 channel.dlx_garbage(inbound, exc)
@@ -337,27 +349,17 @@ class Claims:
             credit = self._asked[1]
             self.orphaned((self._tag(self._number + n) for n in range(1, credit + 1)), delivered=False)
             self._number += credit
-        self._asked, self._pinged = None, False
+        self._asked = None
         self._may_have_more = True
 
     def _sweep(self) -> None:
-        if self._asked is not None or self._pinged:
+        if self._asked is not None:
             self.unanswered()  # its connection was dropped without our reading from it
-        orphans = _orphans.get(self._home)
-        if not orphans:
-            return
-        for delivered, group in groupby(list(orphans), key=itemgetter(1)):
-            tags = [tag for tag, _ in group]
-            try:
-                self.channel.qos.put_back(tags, counted=delivered)
-            except redis.exceptions.ReadOnlyError as exc:
-                raise lost_master(exc) from exc
-            for _ in tags:
-                orphans.popleft()
+        orphans.put_back(self._home, self.channel.qos)
 
     def orphaned(self, tags: Iterable[str], *, delivered: bool) -> None:
         """Nobody will settle these any more: the next channel to the same server puts them back."""
-        _orphans.setdefault(self._home, deque()).extend((tag, delivered) for tag in tags)
+        orphans.add(self._home, tags, delivered)
         self.look()  # a claim looks after them first
 
     def restore(self, active: Collection[str] = ()) -> None:
@@ -381,6 +383,8 @@ class Claims:
             if self.asked:
                 self.unanswered()
         self.restore()
+        self._withdraw()
+        self._backlog.close()
         self._drop_waiters()
         if self._pool is not None:
             self._pool.disconnect()
@@ -392,16 +396,3 @@ class Claims:
         for waiter in self._waiters.values():
             self._drop(waiter)
         self._waiters.clear()
-
-
-def _envelope(item: bytes) -> dict[str, Any]:
-    payload: dict[str, Any] = loads(bytes_to_str(item))
-    payload["properties"]["delivery_tag"]  # what kombu reads first
-    return payload
-
-
-def own_tag_of(item: bytes) -> str:
-    try:
-        return own_tag_text(_envelope(item)["properties"]["delivery_tag"])
-    except Exception:  # noqa: BLE001 - garbage
-        return ""

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import redis
+from kombu.utils.encoding import bytes_to_str
+from kombu.utils.json import loads
 
 from celery_dlx.brokers.redis.scripts import load
 
@@ -27,6 +29,24 @@ def marks_key(prefix: str, queue: str, list_key: str) -> str:
 def own_tag_text(tag: object) -> str:
     """The tag a producer gave its message, as text that Redis can hold: a producer may have put anything there."""
     return "" if tag is None else str(tag).encode("utf-8", "replace").decode()
+
+
+def envelope_of(item: bytes) -> dict[str, Any]:
+    """What kombu reads of a list item.
+
+    Raises:
+        Exception: it is none: not JSON, not UTF-8, no mapping, no properties, …
+    """
+    payload: dict[str, Any] = loads(bytes_to_str(item))
+    payload["properties"]["delivery_tag"]  # what kombu reads first
+    return payload
+
+
+def own_tag_of(item: bytes) -> str:
+    try:
+        return own_tag_text(envelope_of(item)["properties"]["delivery_tag"])
+    except Exception:  # noqa: BLE001 - garbage
+        return ""
 
 
 class Return(NamedTuple):

@@ -11,8 +11,7 @@ from typing import Any
 
 import redis
 
-from celery_dlx.brokers.redis.claims import own_tag_of
-from celery_dlx.brokers.redis.deliveries import marks_key
+from celery_dlx.brokers.redis.deliveries import marks_key, own_tag_of
 from celery_dlx.brokers.redis.letters import original_of, with_body
 from celery_dlx.brokers.redis.scripts import load
 from celery_dlx.letters import Death, Reason, compose

@@ -1,7 +1,8 @@
-"""Connections that wait for a list without taking anything from it, and how kombu's poller hears of them."""
+"""Connections that wait for a list without taking anything from it, and how the poller hears of them and of a backlog."""
 
 from __future__ import annotations
 
+import socket
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,34 @@ class Waiter:
             self.connection = None
 
 
+class Backlog:
+    """Readable as long as it is registered: messages are here, and go out one in a turn of the loop.
+
+    A call for the next turn would not do: kombu's loop waits for files first. It is its own kind of client, too.
+    """
+
+    def __init__(self, claims: Claims) -> None:
+        self.claims = claims
+        self._ends: tuple[socket.socket, socket.socket] | None = None
+
+    @property
+    def connection(self) -> Backlog:
+        """What the poller asks for a socket."""
+        return self
+
+    @property
+    def _sock(self) -> socket.socket:
+        if self._ends is None:
+            self._ends = socket.socketpair()
+            self._ends[1].send(b"\0")  # nobody reads it
+        return self._ends[0]
+
+    def close(self) -> None:
+        for end in self._ends or ():
+            end.close()
+        self._ends = None
+
+
 class Poller(stock.MultiChannelPoller):  # type: ignore[misc]
     """Lets the channels that claim wait in their own way."""
 
@@ -50,7 +79,9 @@ class Poller(stock.MultiChannelPoller):  # type: ignore[misc]
 
     def _register_BRPOP(self, channel: Any) -> None:
         claims = channel.dlx_claims
-        if claims.waiting and not channel._in_poll:
+        if claims.backlog:
+            claims.offer(self)
+        elif claims.waiting and not channel._in_poll:
             claims.wait(self)
         else:
             super()._register_BRPOP(channel)
@@ -59,10 +90,12 @@ class Poller(stock.MultiChannelPoller):  # type: ignore[misc]
         _, kind = self._fd_to_chan.get(fileno, (None, None))
         if isinstance(kind, Waiter):
             return kind.claims.woken(kind)
+        if isinstance(kind, Backlog):
+            return kind.claims.give()
         return super().on_readable(fileno)
 
-    def forget(self, channel: Any, waiter: Waiter) -> None:
-        """No more news of a waiter."""
+    def forget(self, channel: Any, waiter: Waiter | Backlog) -> None:
+        """No more news of one of these clients."""
         self._chan_to_sock.pop((channel, waiter, waiter), None)
         for fd, found in list(self._fd_to_chan.items()):
             if found == (channel, waiter):
