@@ -11,6 +11,7 @@ import servers
 from celery import Celery
 from raw import Sender
 from servers import wait_for
+from watched import Watched
 from workers import Worker, unacknowledged
 
 from celery_dlx import DeadLetters
@@ -70,39 +71,19 @@ def test_a_server_that_cannot_prove_who_it_is(tls, certificates, queue):
 
 @pytest.fixture
 def watched():
-    """A master, its replica, and who watches them."""
-    master = servers.Redis("--repl-diskless-sync-delay", "0").start()
-    replica = servers.Redis("--replicaof", "127.0.0.1", str(master.port)).start()
-    sentinel = servers.Sentinel(master)
+    found = Watched()
     try:
-        with redis.Redis.from_url(replica.url) as client:
-            wait_for(lambda: client.info("replication")["master_link_status"] == "up", "the replica follows")
-        sentinel.start()
-        wait_for(lambda: sentinel.replicas() == [replica.port], "the sentinel knows the replica")
-        yield master, replica, sentinel
+        yield found.start()
     finally:
-        for server in (sentinel, replica, master):
-            server.stop()
-
-
-def lose(master, replica, sentinel) -> None:
-    """Kill the master when all that it confirmed is with the replica, and wait for that one to take over."""
-    with redis.Redis.from_url(master.url) as first, redis.Redis.from_url(replica.url) as second:
-        first.execute_command("CLIENT", "PAUSE", 60_000, "WRITE")
-        offset = first.info("replication")["master_repl_offset"]
-        wait_for(lambda: second.info("replication")["slave_repl_offset"] >= offset, "the replica has it all")
-        master.crash()
-        wait_for(lambda: sentinel.master() == replica.port, "the sentinel names another master")
-        wait_for(lambda: second.info("replication")["role"] == "master", "that is what it is")
+        found.stop()
 
 
 def test_nothing_is_lost_in_a_failover(watched, queue, tmp_path):
-    master, replica, sentinel = watched
+    replica = watched.replica
     fixed = str(tmp_path / "fixed")
     # Of the two that are named one is not there; kombu names the other one in turn whenever it cannot connect.
-    url = f"sentinel://127.0.0.1:{sentinel.port}/0;sentinel://127.0.0.1:{servers.free_port()}/0"
-    options = json.dumps({"master_name": sentinel.name})
-    sender, after = Sender(master.url), Sender(replica.url)
+    url = f"{watched.sentinel_url};sentinel://127.0.0.1:{servers.free_port()}/0"
+    sender, after = Sender(watched.url), Sender(replica.url)
     failing, others = set(), set()
     for number in range(150):
         if number % 10 == 7:
@@ -111,9 +92,9 @@ def test_nothing_is_lost_in_a_failover(watched, queue, tmp_path):
             others.add(f"naps {number}")
             sender.task(queue, "matrix_app.naps", [number, 0.05])
     # What is held comes back at once, or not before the visibility timeout, which is an hour.
-    with Worker(url, [queue], policy=LATE.format(queue=queue), DLX_TRANSPORT_OPTIONS=options) as worker:
+    with Worker(url, [queue], policy=LATE.format(queue=queue), DLX_TRANSPORT_OPTIONS=watched.options_json) as worker:
         wait_for(lambda: len(worker.ran()) > 40, lambda: worker.output[-3000:])
-        lose(master, replica, sentinel)
+        watched.lose()
         assert not others <= set(worker.ran()), "it was in the midst of it"
         wait_for(lambda: "onnection to broker lost" in worker.output, lambda: f"the worker noticed: {worker.output[-3000:]}")
         wait_for(lambda: others <= set(worker.ran()), lambda: f"{others - set(worker.ran())} {worker.output[-5000:]}")
@@ -132,11 +113,9 @@ def test_nothing_is_lost_in_a_failover(watched, queue, tmp_path):
 
 def test_whichever_sentinel_is_asked_the_messages_are_the_same(watched):
     """Kombu takes the next one whenever it cannot connect: what had to be put back must be found under that one, too."""
-    *_, sentinel = watched
-    app = Celery(
-        broker=f"sentinel://127.0.0.1:{sentinel.port}/0;sentinel://localhost:{sentinel.port}/0", set_as_current=False
-    )
-    app.conf.broker_transport_options = {"master_name": sentinel.name}
+    url = watched.sentinel_url
+    app = Celery(broker=f"{url};{url.replace('127.0.0.1', 'localhost')}", set_as_current=False)
+    app.conf.broker_transport_options = watched.options
     DeadLetters(app, policy=Policy())
     with app.connection_for_read() as connection:
         homes, asked = set(), set()

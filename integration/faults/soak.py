@@ -2,7 +2,7 @@
 
 ``--broker-faults``: the broker's own faults instead of the workers' (with ``--kills``: workers are killed meanwhile);
 ``--replay``: a replay that is killed and resumed again and again; ``--cluster``: members of a RabbitMQ cluster of three die,
-or lose sight of each other.
+or lose sight of each other; ``--failover``: a Redis master is killed, and its replica takes over.
 
 Each round is a storm of its own, on brokers of its own. Prints a line per round and a table; exit 1 if anything was lost
 or wrongly dead-lettered, with the seed that shows it again.
@@ -23,9 +23,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from clusters import Cluster
 from faults.broker_faults import BROKER_FAULTS, BrokerStorm
 from faults.cluster_faults import CLUSTER_FAULTS, ClusterStorm
+from faults.failover_faults import FAILOVER_FAULTS, FailoverStorm
 from faults.replay_road import REPLAY_FAULTS, ReplayStorm
 from faults.storm import FAULTS, KILLS, Storm
 from servers import start_broker
+from watched import Watched
 
 
 def main() -> int:
@@ -40,10 +42,12 @@ def main() -> int:
     road.add_argument("--broker-faults", action="store_true", help="the broker fails; with --kills, workers are killed, too")
     road.add_argument("--replay", action="store_true", help="the replaying tool and workers are killed")
     road.add_argument("--cluster", action="store_true", help="members of a RabbitMQ cluster fail")
+    road.add_argument("--failover", action="store_true", help="masters of Redis fail, watched by a Sentinel")
     options = parser.parse_args()
     rows, bad, names = [], 0, _names(options)
-    for kind in ["rabbitmq"] if options.cluster else [options.only] if options.only else ["rabbitmq", "redis"]:
-        broker = Cluster().start() if options.cluster else start_broker(kind)
+    only = "rabbitmq" if options.cluster else "redis" if options.failover else options.only
+    for kind in [only] if only else ["rabbitmq", "redis"]:
+        broker = Cluster().start() if options.cluster else Watched().start() if options.failover else start_broker(kind)
         faults: Counter = Counter()
         total: Counter = Counter()
         try:
@@ -69,6 +73,8 @@ def _storm(options: argparse.Namespace, broker, seed: int) -> Storm:
         return BrokerStorm(*common, kills=options.kills)
     if options.cluster:
         return ClusterStorm(*common)
+    if options.failover:
+        return FailoverStorm(*common)
     return ReplayStorm(*common) if options.replay else Storm(*common, KILLS if options.kills else FAULTS)
 
 
@@ -77,6 +83,8 @@ def _names(options: argparse.Namespace) -> tuple[str, ...]:
         return (*dict.fromkeys(name for names in BROKER_FAULTS.values() for name in names), "killed_meanwhile")
     if options.cluster:
         return CLUSTER_FAULTS
+    if options.failover:
+        return FAILOVER_FAULTS
     return REPLAY_FAULTS if options.replay else FAULTS
 
 

@@ -85,18 +85,25 @@ class Storm:
         base, rest = broker.url.rsplit(":", 1)
         port, path = rest.split("/", 1)
         self.proxy = Proxy(int(port))
-        through = f"{base}:{self.proxy.port}/{path}"
+        self._through = f"{base}:{self.proxy.port}/{path}"
         settings = f"{self.extra}acks_late: true, reject_on_worker_lost: true, max_deliveries: 50"
         policy = f"version: 1\nqueues: {{{queue}: {{{settings}}}}}\n"
-        #: Read past the proxy.
-        self.dead = DeadLetters(Celery("reader", broker=broker.url), policy=Policy())
-        options = json.dumps(REDIS_OPTIONS if broker.kind == "redis" else {})
+        self.dead = self._reader()
+        address, options = self._as_workers_see_it()
         self.workers = [
-            Worker(through, [queue], app="faults.storm_app", policy=policy, DLX_TRANSPORT_OPTIONS=options,
+            Worker(address, [queue], app="faults.storm_app", policy=policy, DLX_TRANSPORT_OPTIONS=json.dumps(options),
                    DLX_STORM_TASK=str(task_seconds),
                    arguments=("-c", "2", "-n", f"storm{n}@%h"))
             for n in range(2)
         ]  # fmt: skip
+
+    def _as_workers_see_it(self) -> tuple[str, dict]:
+        """The broker's URL, and transport options."""
+        return self._through, REDIS_OPTIONS if self.broker.kind == "redis" else {}
+
+    def _reader(self) -> DeadLetters:
+        """Past the proxy."""
+        return DeadLetters(Celery("reader", broker=self.broker.url, set_as_current=False), policy=Policy())
 
     # -- what happens
 
