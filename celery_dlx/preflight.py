@@ -19,8 +19,8 @@ from celery_dlx.redaction import BLANK, is_blank
 
 logger = logging.getLogger("celery_dlx")
 
-#: Letters that are looked at, at most.
-MOST = 1_000
+#: Kinds of findings that are kept: some name what each letter has for itself.
+_MOST_KINDS = 1_000
 #: Waiting for workers to answer, in seconds.
 _ANSWER = 1.0
 
@@ -36,6 +36,35 @@ class Doubt:
 
     def as_dict(self) -> dict[str, Any]:
         return {"doubt": self.message, "id": self.letter, "queue": self.queue, "sure": self.sure}
+
+
+@dataclass
+class Finding:
+    """The first letter with a doubt, and how many have it."""
+
+    letter: str
+    letters: int = 0
+
+
+class Findings:
+    """Doubts by what they say; as many as there may be take no more memory than a few."""
+
+    def __init__(self) -> None:
+        self.kinds: dict[str, Finding] = {}
+        #: Letters that will surely die again.
+        self.sure = 0
+        self._last = ""
+
+    def add(self, doubt: Doubt) -> None:
+        """Doubts about the same letter come one after the other."""
+        finding = self.kinds.get(doubt.message)
+        if finding is None and len(self.kinds) < _MOST_KINDS:
+            finding = self.kinds[doubt.message] = Finding(doubt.letter)
+        if finding is not None:
+            finding.letters += 1
+        if doubt.sure and doubt.letter != self._last:
+            self.sure += 1
+            self._last = doubt.letter
 
 
 class Fleet:

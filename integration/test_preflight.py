@@ -28,7 +28,7 @@ def test_what_dies_again_is_refused(worker, letters):
     assert done.returncode == 1
     assert "'matrix_app.no_such_task' is not registered on" in done.stderr
     assert "its arguments do not fit matrix_app.add: " in done.stderr
-    assert "2 of the letters looked at would die again, or cannot be edited; nothing was replayed" in done.stderr
+    assert "2 of the letters would die again, or cannot be edited; nothing was replayed" in done.stderr
     assert len(worker.letters("preflight")) == 3
     assert worker.json("history") == []
 
@@ -53,3 +53,15 @@ def test_without_workers_nothing_is_doubted(worker, letters):
     assert worker.letters("preflight") == []
     worker.start()
     worker.wait_letters("preflight", 3)
+
+
+def test_the_last_of_many_is_looked_at_too(worker, broker):
+    sender = Sender(broker.url)
+    for number in range(1_050):
+        sender.task("preflight", "matrix_app.fail", [number])
+    worker.wait_letters("preflight", 1_050)
+    sender.task("preflight", "matrix_app.no_such_task")
+    worker.wait_letters("preflight", 1_051)
+    done = worker.cli("replay", "preflight", "--all", "--yes", check=False)
+    assert done.returncode == 1 and "1 of the letters would die again" in done.stderr, done
+    worker.cli("purge", "preflight", "--yes")

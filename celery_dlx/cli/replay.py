@@ -182,32 +182,28 @@ def _preflight(
     Raises:
         ReplayError: a message will surely die again.
     """
-    most = min(limit or preflight.MOST, preflight.MOST)
-    letters = dead.letters(queue, limit=most, ids=ids, bodies=True, **selected)
-    unfit: list[preflight.Doubt] = []
+    letters = dead.letters(queue, limit=limit, ids=ids, bodies=True, **selected)
+    findings = preflight.Findings()
     if change is not None:
-        letters = iter(_edited(letters, change, unfit))
-    found = list(preflight.doubts(dead, letters, to)) + unfit
-    by_message: dict[str, list[preflight.Doubt]] = {}
-    for doubt in found:
-        by_message.setdefault(doubt.message, []).append(doubt)
-    for message, doubts in islice(by_message.items(), _SHOWN):
-        others = f" and {len(doubts) - 1} more" if len(doubts) > 1 else ""
-        output.say(f"letter {doubts[0].letter}{others}: {message}")
-    sure = {doubt.letter for doubt in found if doubt.sure}
-    if sure and not force:
+        letters = _edited(letters, change, findings)
+    for doubt in preflight.doubts(dead, letters, to):
+        findings.add(doubt)
+    for message, found in islice(findings.kinds.items(), _SHOWN):
+        others = f" and {found.letters - 1} more" if found.letters > 1 else ""
+        output.say(f"letter {found.letter}{others}: {message}")
+    if findings.sure and not force:
         raise ReplayError(
-            f"{len(sure)} of the letters looked at would die again, or cannot be edited; nothing was replayed. Correct what "
+            f"{findings.sure} of the letters would die again, or cannot be edited; nothing was replayed. Correct what "
             "is said above, choose other letters, or insist with --no-preflight"
         )
 
 
-def _edited(letters: Iterable[DeadLetter], change: Edit, unfit: list[preflight.Doubt]) -> Iterator[DeadLetter]:
+def _edited(letters: Iterable[DeadLetter], change: Edit, findings: preflight.Findings) -> Iterator[DeadLetter]:
     for letter in letters:
         try:
             change.apply(letter)
         except ReplayError as exc:
-            unfit.append(preflight.Doubt(letter.id, letter.queue, str(exc).split(": ", 1)[1], True))
+            findings.add(preflight.Doubt(letter.id, letter.queue, str(exc).split(": ", 1)[1], True))
         else:
             yield letter
 
