@@ -61,7 +61,7 @@ unit: $(VENV)/.dev
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
 integration: $(VENV)/.dev
-	$(BIN)/python -m pytest integration $(TWO)
+	$(BIN)/python -m pytest integration $(TWO) --durations=15
 
 # The matrix, the conformance suite, how Redis messages are taken and a storm on the oldest Celery we support.
 oldest: $(OLDEST)/.dev
