@@ -19,6 +19,7 @@ from workers import Worker
 from celery_dlx import DeadLetters
 from celery_dlx.brokers.redis.letters import original_of
 from celery_dlx.brokers.redis.retention import Retention
+from celery_dlx.errors import ReplayError
 from celery_dlx.groups import Group, group
 from celery_dlx.letters import DeadLetter, Death, compose
 from celery_dlx.policy.settings import BUILT_IN, Policy
@@ -168,6 +169,16 @@ def test_a_letter_without_a_message_stays(dead, queue, client):
     replayed = dead.replay(queue=queue, worker="w0@host", bodies=True)
     assert [each.letter.id for each in replayed] == [ids[0], ids[2]]
     assert [letter.id for letter in dead.letters(queue)] == [ids[1]] and client.llen(queue) == 2
+
+
+def test_nothing_leaves_for_a_key_that_is_no_list(dead, queue, client):
+    ids = [letter.id for letter in store(dead, queue, [0, 1, 0])]
+    client.set(queue, "somebody's")
+    with pytest.raises(ReplayError, match="3 letters stay"):
+        list(dead.replay(queue=queue))
+    assert [letter.id for letter in dead.letters(queue)] == ids
+    assert client.hlen(f"dlx:{{{queue}.dlq}}:payloads") == 3
+    client.delete(queue)
 
 
 def test_letters_stored_by_another_hand_are_counted_all_the_same(dead, queue, client):

@@ -328,6 +328,8 @@ class RedisBroker:
 def _full(exc: BaseException, consequence: str) -> Exception:
     if is_full(exc):
         return StoreFullError(f"Redis is full (OOM): {consequence}; raise `maxmemory` or discard letters, and try again")
+    if "WRONGTYPE" in str(exc):
+        return ReplayError(f"{consequence}: {exc}")
     return exc if isinstance(exc, Exception) else RuntimeError(str(exc))
 
 

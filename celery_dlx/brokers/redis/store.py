@@ -140,12 +140,13 @@ class LetterStore:
 
     def replay(self, queue: str, moves: Sequence[tuple[str, float, str, bytes]]) -> set[str]:
         """Move letters (id, score as read, list key, item) back, all in one step; returns the ids that moved."""
-        lists = list(dict.fromkeys(move[2] for move in moves))
+        lists = {key: number for number, key in enumerate(dict.fromkeys(move[2] for move in moves), 1)}
         args: list[Any] = []
         for letter_id, score, list_key, item in moves:
-            args += [bytes_of(letter_id), repr(score), lists.index(list_key) + 1, item]
+            args += [bytes_of(letter_id), repr(score), lists[list_key], item]
         keys = [*self.keys(queue), *(bytes_of(self.prefix + key) for key in lists)]
-        return {text_of(member) for member in self._scripts["replay"](keys=keys, args=args)}
+        stayed = {text_of(member) for member in self._scripts["replay"](keys=keys, args=args)}
+        return {letter_id for letter_id, *_ in moves if letter_id not in stayed}
 
     def restore_letter(self, queue: str, letter_id: str, score: str, record: bytes, item: bytes) -> bool:
         """Put a letter back as it was; ``False`` if it is there."""

@@ -4,7 +4,14 @@
 
 -- Records are our own compact JSON: inside its strings quotes are escaped, so the first match is the key.
 local function said(record, key)
-  return string.sub(string.match(record, '"' .. key .. '":"([^"\\]*)"') or '', 1, 200)
+  local opening, from = '"' .. key .. '":"', 1
+  while true do
+    local _, last = string.find(record, opening, from, true)  -- plain: a pattern is tried at every character
+    if not last then return '' end
+    local value = string.match(record, '^([^"\\]*)"', last + 1)
+    if value then return string.sub(value, 1, 200) end
+    from = last + 1
+  end
 end
 
 local function cause_key(fingerprint) return KEYS[1] .. ':cause:' .. fingerprint end
@@ -16,21 +23,31 @@ local function enter(id, score, record)
   end
 end
 
-local function leave(id, record)
-  local fingerprint = said(record, 'fingerprint')
-  if redis.call('ZREM', cause_key(fingerprint), id) == 1 then
-    if tonumber(redis.call('ZINCRBY', KEYS[1] .. ':causes', -1, fingerprint)) <= 0 then
-      redis.call('ZREM', KEYS[1] .. ':causes', fingerprint)
-    end
+-- Letters of one fingerprint leave the index.
+local function leave_cause(fingerprint, ids)
+  local gone = redis.call('ZREM', cause_key(fingerprint), unpack(ids))
+  if gone > 0 and tonumber(redis.call('ZINCRBY', KEYS[1] .. ':causes', 0 - gone, fingerprint)) <= 0 then
+    redis.call('ZREM', KEYS[1] .. ':causes', fingerprint)
   end
 end
 
--- Removes a letter from everything but the letters themselves; returns the bytes of messages held after it.
-local function drop(id, record)
-  leave(id, record)
-  local bytes = redis.call('HSTRLEN', KEYS[2], id)
-  redis.call('HDEL', KEYS[2], id)
-  redis.call('HDEL', KEYS[3], id)
+local function leave(id, record) leave_cause(said(record, 'fingerprint'), {id}) end
+
+-- Removes letters (at most some hundreds) from everything but the letters themselves, each kind of key by one command.
+-- Returns the bytes of messages held after it.
+local function drop(ids, records)
+  local fingerprints, of_cause, bytes = {}, {}, 0
+  for i, id in ipairs(ids) do
+    local fingerprint = said(records[i] or '', 'fingerprint')
+    if not of_cause[fingerprint] then
+      fingerprints[#fingerprints + 1], of_cause[fingerprint] = fingerprint, {}
+    end
+    table.insert(of_cause[fingerprint], id)
+    bytes = bytes + redis.call('HSTRLEN', KEYS[2], id)
+  end
+  for _, fingerprint in ipairs(fingerprints) do leave_cause(fingerprint, of_cause[fingerprint]) end
+  redis.call('HDEL', KEYS[2], unpack(ids))
+  redis.call('HDEL', KEYS[3], unpack(ids))
   -- 0 - n, for -0 is "-0" in Lua, and no integer to Redis: an item may be empty.
   return redis.call('HINCRBY', KEYS[4], 'bytes', 0 - bytes)
 end

@@ -3,10 +3,10 @@
 -- include causes
 local removed = {}
 for _, id in ipairs(ARGV) do
-  if redis.call('ZREM', KEYS[1], id) == 1 then
-    drop(id, redis.call('HGET', KEYS[3], id) or '')
-    removed[#removed + 1] = id
-  end
+  if redis.call('ZREM', KEYS[1], id) == 1 then removed[#removed + 1] = id end
 end
-if #removed > 0 then redis.call('HINCRBY', KEYS[4], 'discarded', #removed) end
+if #removed > 0 then
+  drop(removed, redis.call('HMGET', KEYS[3], unpack(removed)))
+  redis.call('HINCRBY', KEYS[4], 'discarded', #removed)
+end
 return removed

@@ -1,19 +1,18 @@
 -- Included after causes.lua: the caps of a DLQ. What goes is counted, by cap and by cause.
 
 local function evict(ids, counter)
-  local total
-  for _, id in ipairs(ids) do
-    local record = redis.call('HGET', KEYS[3], id) or ''
-    redis.call('ZREM', KEYS[1], id)
-    total = drop(id, record)
+  if #ids == 0 then return end
+  local records = redis.call('HMGET', KEYS[3], unpack(ids))
+  redis.call('ZREM', KEYS[1], unpack(ids))
+  local total = drop(ids, records)
+  for i in ipairs(ids) do
+    local record = records[i] or ''
     local label = said(record, 'fingerprint') .. ' ' .. said(record, 'reason') .. ' ' .. said(record, 'task')
     redis.call('ZINCRBY', KEYS[1] .. ':evicted', 1, label)
   end
-  if #ids > 0 then
-    redis.call('HINCRBY', KEYS[4], counter, #ids)
-    -- Of so many causes the rarest are forgotten: anybody can make up new ones.
-    redis.call('ZREMRANGEBYRANK', KEYS[1] .. ':evicted', 0, -1001)
-  end
+  redis.call('HINCRBY', KEYS[4], counter, #ids)
+  -- Of so many causes the rarest are forgotten: anybody can make up new ones.
+  redis.call('ZREMRANGEBYRANK', KEYS[1] .. ':evicted', 0, -1001)
   return total
 end
 
