@@ -61,7 +61,7 @@ def with_arguments(original: Original, args: Any, kwargs: Any) -> Original:
             headers[key] = short_repr(value)
     if properties.get("content_encoding"):
         properties["content_encoding"] = "utf-8"  # JSON may come in others; what is written here is ASCII
-    return replace(original, body=json.dumps(body).encode(), headers=headers, properties=properties, raw=b"", parsed=None)
+    return replace(original, body=json.dumps(body).encode(), headers=headers, properties=properties, raw=b"")
 
 
 def short_repr(value: Any) -> str:

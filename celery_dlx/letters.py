@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from enum import Enum
@@ -12,6 +12,7 @@ from typing import Any
 from uuid import uuid4
 
 from celery_dlx.fingerprints import fingerprint
+from celery_dlx.lazy import Lazy, lazy
 
 #: The one header that carries the record of a death (RabbitMQ) and the lineage of a replayed message (both).
 HEADER = "x-celery-dlx"
@@ -69,9 +70,8 @@ class Original:
     routing_key: str = ""
     #: Tells apart two messages that are alike in everything (Redis: the publish's delivery tag).
     identity: str = ""
-    #: The whole message as the broker holds it, where that is one piece of bytes (Redis), and what it was parsed to.
+    #: The whole message as the broker holds it, where that is one piece of bytes (Redis).
     raw: bytes = b""
-    parsed: dict[str, Any] | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass
@@ -89,8 +89,9 @@ class Death:
     service: str | None = None
 
 
+@lazy
 @dataclass
-class DeadLetter:
+class DeadLetter(Lazy):
     """One dead letter, as the Python calls, the signals and the command line see it."""
 
     id: str
@@ -200,7 +201,7 @@ def compose(death: Death, original: Original, dlq: str) -> DeadLetter:
         service=death.service,
         fingerprint=fingerprint(death.reason, fields["task"], death.exception_type, death.traceback),
         replays=replays,
-        deaths=_deaths(lineage),
+        deaths=earlier_deaths(lineage),
         **fields,
     )
 
@@ -284,28 +285,34 @@ def read_record(
     ``described``: what the message says of its task, where it was not read.
     """
     fields = describe(original) if described is None else described
-    stripped, redacted = record.get("stripped"), record.get("redacted")
-    return DeadLetter(
-        id=str(record.get("id") or ""),
-        queue=str(record.get("queue") or ""),
-        dlq=dlq,
-        reason=str(record.get("reason") or ""),
-        died_at=whole(record.get("died_at"), 0),
-        original=original,
-        deliveries=whole(record.get("deliveries"), 1),
-        exception=exception_record(record.get("exception")),
-        worker=text_or_none(record.get("worker")),
-        service=text_or_none(record.get("service")),
-        fingerprint=str(record.get("fingerprint") or ""),
-        replays=whole(record.get("replays"), 0),
-        redacted=[text for text in redacted if isinstance(text, str)] if isinstance(redacted, list) else [],
-        deaths=_deaths(record) or _deaths(original.headers.get(HEADER)),
-        stripped=dict(stripped) if isinstance(stripped, Mapping) else {},
-        **fields,
-    )
+    recorded = {name: read(record) for name, read in RECORDED.items()}
+    recorded["deaths"] = recorded["deaths"] or earlier_deaths(original.headers.get(HEADER))
+    return DeadLetter(dlq=dlq, original=original, **recorded, **fields)
 
 
-def _deaths(lineage: object) -> list[dict[str, Any]]:
+#: How each field is read that a stored record tells of.
+RECORDED: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+    "id": lambda record: str(record.get("id") or ""),
+    "queue": lambda record: str(record.get("queue") or ""),
+    "reason": lambda record: str(record.get("reason") or ""),
+    "died_at": lambda record: whole(record.get("died_at"), 0),
+    "deliveries": lambda record: whole(record.get("deliveries"), 1),
+    "exception": lambda record: exception_record(record.get("exception")),
+    "worker": lambda record: text_or_none(record.get("worker")),
+    "service": lambda record: text_or_none(record.get("service")),
+    "fingerprint": lambda record: str(record.get("fingerprint") or ""),
+    "replays": lambda record: whole(record.get("replays"), 0),
+    "redacted": lambda record: _texts(record.get("redacted")),
+    "deaths": lambda record: earlier_deaths(record),
+    "stripped": lambda record: dict(found) if isinstance(found := record.get("stripped"), Mapping) else {},
+}
+
+
+def _texts(found: object) -> list[str]:
+    return [text for text in found if isinstance(text, str)] if isinstance(found, list) else []
+
+
+def earlier_deaths(lineage: object) -> list[dict[str, Any]]:
     """The earlier deaths that a message's lineage or a letter's record tells of; anybody may have written it."""
     found = lineage.get("deaths") if isinstance(lineage, Mapping) else None
     if not isinstance(found, list):

@@ -37,7 +37,7 @@ def shown(letter: DeadLetter, paths: Sequence[str]) -> DeadLetter:
             if key in headers:
                 headers[key] = BLANK
     body = f"{BLANK} {len(original.body)} bytes".encode() if original.body else b""
-    hidden.original = replace(original, body=body, headers=headers, raw=b"", parsed=None)
+    hidden.original = replace(original, body=body, headers=headers, raw=b"")
     return hidden
 
 

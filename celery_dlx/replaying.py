@@ -48,16 +48,27 @@ def revive_headers(
     if past(headers.get("expires"), now):
         changes.append(f"expires {headers['expires']} dropped: it is past")
         headers["expires"] = None
-    headers[HEADER] = {"replays": min(max(letter.replays, 0), 1_000_000) + 1, "last": letter.id, "died_of": letter.reason}
+    headers[HEADER] = lineage(letter, replay)
+    if letter.edited is not None:
+        changes.append("arguments edited")
+    return headers, changes
+
+
+def lineage(letter: DeadLetter, replay: str | None = None) -> dict[str, Any]:
+    """What a replayed message tells of its deaths, and of the replay that wants to hear what becomes of it."""
     this = {"id": letter.id, "reason": letter.reason, "fingerprint": letter.fingerprint, "died_at": letter.died_at}
-    headers[HEADER]["deaths"] = [*letter.deaths, this][-MAX_DEATHS:]
+    told: dict[str, Any] = {
+        "replays": min(max(letter.replays, 0), 1_000_000) + 1,
+        "last": letter.id,
+        "died_of": letter.reason,
+        "deaths": [*letter.deaths, this][-MAX_DEATHS:],
+    }
     if letter.edited is not None:
         kept = base64.b64encode(letter.edited).decode() if len(letter.edited) <= _IN_LINEAGE else ""
-        headers[HEADER]["edited"] = {"bytes": len(letter.edited), "body": kept}
-        changes.append("arguments edited")
+        told["edited"] = {"bytes": len(letter.edited), "body": kept}
     if replay is not None:
-        headers[HEADER]["replay"] = replay
-    return headers, changes
+        told["replay"] = replay
+    return told
 
 
 def replay_of(headers: object) -> str | None:

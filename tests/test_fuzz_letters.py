@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from celery_dlx import selection
 from celery_dlx.brokers.rabbitmq import letters as rabbitmq
 from celery_dlx.brokers.redis import letters as redis
+from celery_dlx.brokers.redis.revival import revived
+from celery_dlx.brokers.redis.stored import letter_of
 from celery_dlx.canvas import canvas_of
 from celery_dlx.cli import output
 from celery_dlx.groups import Groups
@@ -137,7 +139,7 @@ def test_any_message_of_a_rabbitmq_dlq(headers, record, death, content, body):
 @example(b"{}", b'{"headers": {}, "properties": {}, "body": ' + b"[" * 980 + b"]" * 980 + b"}", 0.0)
 @example(b'{"stripped": ' + b'{"a":' * 980 + b"1" + b"}" * 980 + b"}", None, 0.0)
 def test_any_bytes_of_a_redis_dlq(record, item, score):
-    letter = redis.letter_of(record, item, score, "q.dlq")
+    letter = letter_of(record, item, score, "q.dlq")
     exercise(letter)
-    redis.revived(item or b"", letter)
+    revived(item or b"", letter)
     redis.to_json(letter)

@@ -13,9 +13,11 @@ import redis
 from redis.sentinel import MasterNotFoundError
 
 from celery_dlx.brokers.base import Match, QueueStats, Replayed, Run, wants_bodies
-from celery_dlx.brokers.redis.letters import letter_of, read_fields, revived
+from celery_dlx.brokers.redis.letters import read_fields
 from celery_dlx.brokers.redis.reader import Cause, Found, Span, bytes_of
+from celery_dlx.brokers.redis.revival import revived
 from celery_dlx.brokers.redis.store import LetterStore, is_full
+from celery_dlx.brokers.redis.stored import letter_of
 from celery_dlx.errors import (
     BrokerUnreachableError,
     BrokerUrlError,
@@ -86,8 +88,8 @@ class RedisBroker:
         """Matching letters; of those that cannot match as few are read as the test allows."""
         dlq = self._policy.dlq(queue)
         for found in self._candidates(queue, match, bodies, last):
-            letter = letter_of(found.record, (found.item or b"") if bodies else None, found.score, dlq)
-            letter.id, letter.queue = found.id, letter.queue or queue
+            item = (found.item or b"") if bodies else None
+            letter = letter_of(found.record, item, found.score, dlq, found.id, queue)
             if match is None or match(letter):
                 yield found, letter
 
@@ -167,8 +169,7 @@ class RedisBroker:
             read = self._store.reader.some(queue, [cause.newest for cause in page], bodies=False)
             for cause, each in zip(page, read, strict=True):
                 if each.record is not None:
-                    found[cause] = letter_of(each.record, None, each.score, self._policy.dlq(queue))
-                    found[cause].id = each.id
+                    found[cause] = letter_of(each.record, None, each.score, self._policy.dlq(queue), each.id)
         return found
 
     def groups(self, queue: str, match: Match) -> list[Group] | None:
@@ -188,8 +189,7 @@ class RedisBroker:
                 continue
             if not cause.fingerprint:  # nothing in common
                 for found in self._store.reader.pages(queue, Span(), bodies=False, causes=[""]):
-                    letter = letter_of(found.record, None, found.score, self._policy.dlq(queue))
-                    letter.id = found.id
+                    letter = letter_of(found.record, None, found.score, self._policy.dlq(queue), found.id)
                     if match(letter):
                         groups.add(letter)
                 continue
@@ -206,9 +206,7 @@ class RedisBroker:
         if found is None:
             return None
         score, record, item = found
-        letter = letter_of(record, item or b"", score, self._policy.dlq(queue))
-        letter.id, letter.queue = letter_id, letter.queue or queue
-        return letter
+        return letter_of(record, item or b"", score, self._policy.dlq(queue), letter_id, queue)
 
     def replay(self, queue: str, match: Match, limit: int | None = None, run: Run | None = None) -> Iterator[Replayed]:
         dlq, run = self._policy.dlq(queue), run or Run()
@@ -257,8 +255,7 @@ class RedisBroker:
             items = self._store.reader.payloads(queue, [found.id for found, _ in batch])
             for (found, letter), item in zip(batch, items, strict=True):
                 if item is not None or self._store.reader.scores(queue, [found.id]):  # else it left meanwhile
-                    whole = letter_of(found.record, item or b"", found.score, letter.dlq)
-                    whole.id, whole.queue = letter.id, letter.queue
+                    whole = letter_of(found.record, item or b"", found.score, letter.dlq, found.id, queue)
                     yield found._replace(item=item), whole
 
     def _list_key(self, queue: str, payload: dict[str, Any]) -> str:

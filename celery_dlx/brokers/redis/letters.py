@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping
-from math import isfinite
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from celery_dlx.letters import DeadLetter, Original, read_record, text_or_none, whole
-from celery_dlx.replaying import revive_expiration, revive_headers
+from celery_dlx.letters import DeadLetter, Original
+
+#: Reads the JSON value at a position of a text; returns it and where it ends, or raises StopIteration or ValueError.
+_decode: Callable[[str, int], tuple[Any, int]] = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
+_STRING = r'"(?P<{}>[^"\\\x00-\x1f]*)"'
+_BETWEEN = re.compile(f', "content-encoding": {_STRING}, "content-type": {_STRING}, "headers": '.format("encoding", "type"))
+_PROPERTIES = ', "properties": '
 
 
 def parse_item(item: bytes) -> dict[str, Any] | None:
@@ -23,9 +28,37 @@ def parse_item(item: bytes) -> dict[str, Any] | None:
     return payload
 
 
-def original_of(item: bytes) -> Original:
-    """What the producer sent, out of a list item; raw garbage is its own body."""
-    payload = parse_item(item)
+def parsed_item(item: bytes) -> tuple[dict[str, Any] | None, tuple[int, int] | None]:
+    """What `parse_item` returns, and where its headers stand in the item's text, if it is as kombu writes it."""
+    try:
+        found = _enveloped(item.decode())
+    except (ValueError, StopIteration, RecursionError):
+        found = None
+    return found or (parse_item(item), None)
+
+
+def _enveloped(text: str) -> tuple[dict[str, Any], tuple[int, int]] | None:
+    """kombu's envelope by its members, for the decoder says where each ends; ``None`` for anything unusual."""
+    if not text.startswith('{"body": "'):
+        return None
+    body, end = _decode(text, 9)
+    between = _BETWEEN.match(text, end)
+    if between is None:
+        return None
+    headers, end = _decode(text, between.end())
+    if type(headers) is not dict or not text.startswith(_PROPERTIES, end):
+        return None
+    properties, last = _decode(text, end + len(_PROPERTIES))
+    if type(properties) is not dict or text[last:] != "}":
+        return None
+    kinds = {"content-encoding": between["encoding"], "content-type": between["type"]}
+    return {"body": body, **kinds, "headers": headers, "properties": properties}, (between.end(), end)
+
+
+def original_of(item: bytes, payload: dict[str, Any] | None = None) -> Original:
+    """What the producer sent, out of a list item (``payload``: parsed already); raw garbage is its own body."""
+    if payload is None:
+        payload = parse_item(item)
     if payload is None:
         return Original(body=item, raw=item)
     try:
@@ -52,7 +85,6 @@ def _original(payload: dict[str, Any], item: bytes) -> Original:
         routing_key=str(info.get("routing_key") or ""),
         identity=str(identity),
         raw=item,
-        parsed=payload,
     )
 
 
@@ -70,7 +102,8 @@ def _encoded(body: bytes, encoding: object) -> str:
     return base64.b64encode(body).decode() if encoding == "base64" else body.decode()
 
 
-def _set_body(payload: dict[str, Any], original: Original) -> None:
+def set_body(payload: dict[str, Any], original: Original) -> None:
+    """Another body for an item that was parsed."""
     payload["body"] = _encoded(original.body, payload["properties"].get("body_encoding"))
     if payload.get("content-encoding"):
         payload["content-encoding"] = original.properties.get("content_encoding")
@@ -81,7 +114,7 @@ def with_body(item: bytes, original: Original) -> bytes:
     payload = parse_item(item)
     if payload is None:
         return item
-    _set_body(payload, original)
+    set_body(payload, original)
     payload["headers"] = {**payload["headers"], **original.headers} if isinstance(payload.get("headers"), dict) else {}
     return json.dumps(payload).encode()
 
@@ -97,44 +130,13 @@ def to_json(letter: DeadLetter) -> str:
 def read_fields(record: bytes | None) -> dict[str, Any] | None:
     """What a stored record says; ``None`` if it is none."""
     try:
+        fields, end = _decode(text := (record or b"{}").decode(), 0)
+        if end == len(text):
+            return fields if isinstance(fields, dict) else None
+    except (ValueError, StopIteration, RecursionError):
+        pass
+    try:  # not written as we do, but perhaps with blanks around it, or in another encoding
         fields = json.loads(record or b"{}")
     except (ValueError, RecursionError):
         return None
     return fields if isinstance(fields, dict) else None
-
-
-_DESCRIBED = ("task", "task_id", "root_id", "parent_id", "args", "kwargs")
-
-
-def letter_of(record: bytes | None, item: bytes | None, score: float, dlq: str) -> DeadLetter:
-    """The letter of a stored record; with its payload, if that was read too."""
-    fields = read_fields(record) or {}
-    if item is not None:
-        letter = read_record(fields, original_of(item), dlq)
-    else:
-        original = Original(exchange=str(fields.get("exchange") or ""), routing_key=str(fields.get("routing_key") or ""))
-        original.properties = {"priority": whole(fields.get("priority"), 0)}
-        described: dict[str, Any] = {name: text_or_none(fields.get(name)) for name in _DESCRIBED}
-        described["retries"] = whole(fields.get("retries"), 0)
-        letter = read_record(fields, original, dlq, described)
-    letter.died_at = int(score) if isfinite(score) else 0
-    return letter
-
-
-def revived(item: bytes, letter: DeadLetter, replay: str | None = None) -> tuple[bytes, list[str], dict[str, Any] | None]:
-    """The item a letter is replayed as, what changed in it, and what it parses to. Raw garbage goes back as it is."""
-    parsed = letter.original.parsed if letter.original.raw is item else None
-    payload = parse_item(item) if parsed is None else {**parsed, "properties": dict(parsed["properties"])}
-    if payload is None:
-        return item, [], None
-    payload["headers"], changes = revive_headers(letter, replay=replay)
-    if letter.edited is not None:
-        _set_body(payload, letter.original)
-    info = payload["properties"].get("delivery_info")
-    if isinstance(info, dict) and "redelivered" in info:
-        payload["properties"]["delivery_info"] = {key: value for key, value in info.items() if key != "redelivered"}
-    _, more = revive_expiration(letter)
-    try:
-        return json.dumps(payload).encode(), changes + more, payload
-    except RecursionError:
-        return item, [], parsed

@@ -141,9 +141,13 @@ class LetterStore:
     def replay(self, queue: str, moves: Sequence[tuple[str, float, str, bytes]]) -> set[str]:
         """Move letters (id, score as read, list key, item) back, all in one step; returns the ids that moved."""
         lists = {key: number for number, key in enumerate(dict.fromkeys(move[2] for move in moves), 1)}
-        args: list[Any] = []
+        # Two arguments for all of them: redis-py handles each for itself, and sends a few thousand bytes at once at most.
+        numbers, parts = [], []
         for letter_id, score, list_key, item in moves:
-            args += [bytes_of(letter_id), repr(score), lists[list_key], item]
+            member = bytes_of(letter_id)
+            numbers.append(f"{score!r} {lists[list_key]} {len(member)} {len(item)}")
+            parts += [member, item]
+        args = [" ".join(numbers), b"".join(parts)]
         keys = [*self.keys(queue), *(bytes_of(self.prefix + key) for key in lists)]
         stayed = {text_of(member) for member in self._scripts["replay"](keys=keys, args=args)}
         return {letter_id for letter_id, *_ in moves if letter_id not in stayed}

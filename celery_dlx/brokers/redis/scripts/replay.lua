@@ -1,5 +1,6 @@
 -- Letters go back to their queues. KEYS: letters, payloads, records, stats, then the lists
--- ARGV: per letter: id, its score as read, index of its list (from 1), the message to push
+-- ARGV: per letter its score as read, index of its list (from 1), bytes of its id and of the message to push, all after
+--       blanks; then all these ids and messages, one after the other
 -- A letter that someone else replayed, discarded or captured anew since it was read is left alone.
 -- Returns the ids that did not move. Removing comes first: after it a full server refuses nothing, and this makes room.
 -- include causes
@@ -12,19 +13,21 @@ for list = 5, #KEYS do
   end
   items[list] = {}
 end
-for i = 1, #ARGV, 4 do
-  local id = ARGV[i]
+local at = 1
+for read, list, id_bytes, bytes in string.gmatch(ARGV[1], '(%S+) (%d+) (%d+) (%d+)') do
+  local id = string.sub(ARGV[2], at, at + id_bytes - 1)
   if not chosen[id] then
     local score = redis.call('ZSCORE', KEYS[1], id)
-    if score and tonumber(score) == tonumber(ARGV[i + 1]) then
+    if score and tonumber(score) == tonumber(read) then
       chosen[id] = true
       moved[#moved + 1] = id
-      local pushed = items[4 + ARGV[i + 2]]
-      pushed[#pushed + 1] = ARGV[i + 3]
+      local pushed = items[4 + list]
+      pushed[#pushed + 1] = string.sub(ARGV[2], at + id_bytes, at + id_bytes + bytes - 1)
     else
       stayed[#stayed + 1] = id
     end
   end
+  at = at + id_bytes + bytes
 end
 if #moved > 0 then
   redis.call('ZREM', KEYS[1], unpack(moved))
