@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from celery_dlx import selection
 from celery_dlx.brokers.rabbitmq import letters as rabbitmq
-from celery_dlx.brokers.redis import letters as redis
+from celery_dlx.brokers.redis.records import to_json
 from celery_dlx.brokers.redis.revival import revived
 from celery_dlx.brokers.redis.stored import letter_of
 from celery_dlx.canvas import canvas_of
@@ -142,4 +142,4 @@ def test_any_bytes_of_a_redis_dlq(record, item, score):
     letter = letter_of(record, item, score, "q.dlq")
     exercise(letter)
     revived(item or b"", letter)
-    redis.to_json(letter)
+    to_json(letter)

@@ -13,8 +13,8 @@ import redis
 from redis.sentinel import MasterNotFoundError
 
 from celery_dlx.brokers.base import Match, QueueStats, Replayed, Run, wants_bodies
-from celery_dlx.brokers.redis.letters import read_fields
 from celery_dlx.brokers.redis.reader import Cause, Found, Span, bytes_of
+from celery_dlx.brokers.redis.records import read_fields
 from celery_dlx.brokers.redis.revival import revived
 from celery_dlx.brokers.redis.store import LetterStore, is_full
 from celery_dlx.brokers.redis.stored import letter_of

@@ -5,13 +5,12 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from celery_dlx.letters import DeadLetter, Original
+from celery_dlx.brokers.redis.records import decode
+from celery_dlx.letters import Original
 
-#: Reads the JSON value at a position of a text; returns it and where it ends, or raises StopIteration or ValueError.
-_decode: Callable[[str, int], tuple[Any, int]] = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
 _STRING = r'"(?P<{}>[^"\\\x00-\x1f]*)"'
 _BETWEEN = re.compile(f', "content-encoding": {_STRING}, "content-type": {_STRING}, "headers": '.format("encoding", "type"))
 _PROPERTIES = ', "properties": '
@@ -41,14 +40,14 @@ def _enveloped(text: str) -> tuple[dict[str, Any], tuple[int, int]] | None:
     """kombu's envelope by its members, for the decoder says where each ends; ``None`` for anything unusual."""
     if not text.startswith('{"body": "'):
         return None
-    body, end = _decode(text, 9)
+    body, end = decode(text, 9)
     between = _BETWEEN.match(text, end)
     if between is None:
         return None
-    headers, end = _decode(text, between.end())
+    headers, end = decode(text, between.end())
     if type(headers) is not dict or not text.startswith(_PROPERTIES, end):
         return None
-    properties, last = _decode(text, end + len(_PROPERTIES))
+    properties, last = decode(text, end + len(_PROPERTIES))
     if type(properties) is not dict or text[last:] != "}":
         return None
     kinds = {"content-encoding": between["encoding"], "content-type": between["type"]}
@@ -117,26 +116,3 @@ def with_body(item: bytes, original: Original) -> bytes:
     set_body(payload, original)
     payload["headers"] = {**payload["headers"], **original.headers} if isinstance(payload.get("headers"), dict) else {}
     return json.dumps(payload).encode()
-
-
-def to_json(letter: DeadLetter) -> str:
-    """The stored record: the death, and what listing shows of the message."""
-    record = {key: value for key, value in letter.as_dict().items() if key != "died_at"}
-    if letter.redacted:
-        record["redacted"] = letter.redacted
-    return json.dumps(record, separators=(",", ":"), default=str)
-
-
-def read_fields(record: bytes | None) -> dict[str, Any] | None:
-    """What a stored record says; ``None`` if it is none."""
-    try:
-        fields, end = _decode(text := (record or b"{}").decode(), 0)
-        if end == len(text):
-            return fields if isinstance(fields, dict) else None
-    except (ValueError, StopIteration, RecursionError):
-        pass
-    try:  # not written as we do, but perhaps with blanks around it, or in another encoding
-        fields = json.loads(record or b"{}")
-    except (ValueError, RecursionError):
-        return None
-    return fields if isinstance(fields, dict) else None

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import redis
 
 from celery_dlx.brokers.redis.deliveries import deliveries_key
-from celery_dlx.brokers.redis.letters import to_json
 from celery_dlx.brokers.redis.reader import LetterReader, bytes_of, text_of
+from celery_dlx.brokers.redis.records import to_json
 from celery_dlx.brokers.redis.scripts import load
 from celery_dlx.letters import DeadLetter, clip
 from celery_dlx.policy.settings import Policy, QueueSettings

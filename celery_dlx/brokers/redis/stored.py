@@ -5,9 +5,20 @@ from __future__ import annotations
 from math import isfinite
 from typing import Any
 
-from celery_dlx.brokers.redis.letters import original_of, parsed_item, read_fields
+from celery_dlx.brokers.redis.letters import original_of, parsed_item
+from celery_dlx.brokers.redis.records import inflated, read_fields
 from celery_dlx.lazy import unread
-from celery_dlx.letters import HEADER, RECORDED, DeadLetter, Original, describe, earlier_deaths, text_or_none, whole
+from celery_dlx.letters import (
+    HEADER,
+    RECORDED,
+    DeadLetter,
+    Original,
+    describe,
+    earlier_deaths,
+    exception_record,
+    text_or_none,
+    whole,
+)
 
 _DESCRIBED = ("task", "task_id", "root_id", "parent_id", "args", "kwargs", "retries")
 #: What a replay asks for.
@@ -38,6 +49,8 @@ class Stored:
                 found["deaths"] = earlier_deaths(headers.get(HEADER)) if isinstance(headers, dict) else []
             found["queue"] = found["queue"] or self.queue
             return found
+        if name == "exception":
+            return {name: exception_record(inflated(self.fields.get(name)))}
         read = RECORDED.get(name)
         if read is not None:
             return {name: read(self.fields)}
