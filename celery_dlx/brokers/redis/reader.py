@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from heapq import merge
-from itertools import islice
+from itertools import islice, repeat
 from math import inf
 from typing import Any, NamedTuple
 
@@ -120,10 +120,11 @@ class LetterReader:
             if not score:
                 return
             rows = iter(found)
-            for member, died, record, item in zip(rows, rows, rows, rows, strict=True):
-                if span.beyond(done, (member, float(died))):
-                    done = float(died), member
-                    yield Found(text_of(member), float(died), record, item)
+            for member, died, record, item in zip(rows, rows, rows, rows if bodies else repeat(None), strict=False):
+                position = float(died), member
+                if span.beyond(done, (member, position[0])):
+                    done = position
+                    yield Found(text_of(member), position[0], record, item)
             # Not the same: where the letter looked at last left, those that died in its moment are looked at again.
             looked = last, score
 

@@ -20,7 +20,6 @@ from celery_dlx.letters import (
     whole,
 )
 
-_DESCRIBED = ("task", "task_id", "root_id", "parent_id", "args", "kwargs", "retries")
 #: What a replay asks for.
 _LINEAGE = ("queue", "reason", "fingerprint", "replays", "deaths", "stripped")
 
@@ -31,14 +30,13 @@ class Stored:
     ``queue`` is whose DLQ it lies in, for records that do not say so.
     """
 
-    __slots__ = ("_described", "_fields", "_original", "_parsed", "item", "queue", "record")
+    __slots__ = ("_fields", "_original", "_parsed", "item", "queue", "record")
 
     def __init__(self, record: bytes | None, item: bytes | None, queue: str = "") -> None:
         self.record, self.item, self.queue = record, item, queue
         self._fields: dict[str, Any] | None = None
         self._parsed: tuple[dict[str, Any] | None, tuple[int, int] | None] | None = None
         self._original: Original | None = None
-        self._described: dict[str, Any] | None = None
 
     def __call__(self, name: str) -> dict[str, Any]:
         if name in _LINEAGE:
@@ -54,7 +52,12 @@ class Stored:
         read = RECORDED.get(name)
         if read is not None:
             return {name: read(self.fields)}
-        return {"original": self.original} if name == "original" else self.described
+        if name == "original":
+            return {name: self.original}
+        if self.item is not None:
+            return describe(self.original)
+        value = self.fields.get(name)
+        return {name: whole(value, 0) if name == "retries" else text_or_none(value)}
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -79,16 +82,6 @@ class Stored:
                 priority = whole(self.fields.get("priority"), 0)
                 self._original = Original(properties={"priority": priority}, exchange=exchange, routing_key=routing_key)
         return self._original
-
-    @property
-    def described(self) -> dict[str, Any]:
-        if self._described is None:
-            if self.item is not None:
-                self._described = describe(self.original)
-            else:
-                self._described = {name: text_or_none(self.fields.get(name)) for name in _DESCRIBED}
-                self._described["retries"] = whole(self.fields.get("retries"), 0)
-        return self._described
 
 
 def letter_of(

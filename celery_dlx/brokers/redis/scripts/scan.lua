@@ -3,7 +3,7 @@
 -- ARGV: first and last score, '1' for the newest first, id and score of the last letter looked at before (or '' and ''),
 --       '1' to send payloads, words
 -- Returns id and score of the last letter looked at (score '': there are no more);
--- then id, score, record and payload (nil: not asked for, or there is none) of each that matches.
+-- then id, score and record of each that matches, and its payload if that was asked for (nil: there is none).
 local MOST, BYTES = 1000, 2000000
 local newest, payloads = ARGV[3] == '1', ARGV[6] == '1'
 local low = redis.call('ZCOUNT', KEYS[1], '-inf', '(' .. ARGV[1])
@@ -43,9 +43,13 @@ for i = 1, #found, 2 do
   answer[1], answer[2] = id, score
   bytes = bytes + #record
   if matches(record) then
-    local payload = payloads and redis.call('HGET', KEYS[3], id)
-    for _, each in ipairs({id, score, record, payload}) do answer[#answer + 1] = each end
-    bytes = bytes + #(payload or '')
+    local at = #answer
+    answer[at + 1], answer[at + 2], answer[at + 3] = id, score, record
+    if payloads then
+      local payload = redis.call('HGET', KEYS[3], id)
+      answer[at + 4] = payload
+      bytes = bytes + #(payload or '')
+    end
   end
   if bytes > BYTES then break end
 end
