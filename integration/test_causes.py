@@ -163,6 +163,17 @@ def test_large_records_are_looked_into_a_few_at_a_time(dead, queue, client):
     assert client.info("commandstats")["cmdstat_evalsha"]["calls"] >= 3, "a script looks at two megabytes at most"
 
 
+def test_large_messages_are_moved_a_few_at_a_time(dead, queue, client):
+    letters = [letter_of(queue, 0) for _ in range(7)]
+    for letter in letters:
+        letter.original.raw = letter.original.raw.replace(b"[[], {}, {}]", b"x" * 400_000)
+    dead.broker._store.capture_items([(letter, BUILT_IN, letter.original.raw) for letter in letters])
+    client.config_resetstat()
+    assert [each.letter.id for each in dead.replay(queue=queue)] == [letter.id for letter in letters]
+    assert client.info("commandstats")["cmdstat_evalsha"]["calls"] >= 4, "a script moves a megabyte at most"
+    assert client.llen(queue) == 7
+
+
 def test_a_letter_without_a_message_stays(dead, queue, client):
     ids = [letter.id for letter in store(dead, queue, [0, 0, 0])]
     client.hdel(f"dlx:{{{queue}.dlq}}:payloads", ids[1])

@@ -16,7 +16,7 @@ from celery_dlx.brokers.base import Match, QueueStats, Replayed, Run, wants_bodi
 from celery_dlx.brokers.redis.reader import Cause, Found, Span, bytes_of
 from celery_dlx.brokers.redis.records import read_fields
 from celery_dlx.brokers.redis.revival import revived
-from celery_dlx.brokers.redis.store import LetterStore, is_full
+from celery_dlx.brokers.redis.store import LetterStore, Move, is_full
 from celery_dlx.brokers.redis.stored import letter_of
 from celery_dlx.errors import (
     BrokerUnreachableError,
@@ -36,6 +36,8 @@ logger = logging.getLogger("celery_dlx")
 
 #: Letters moved or deleted by one script: the server does nothing else meanwhile.
 _BATCH = 100
+#: Bytes of messages that one script moves, unless one message has more.
+_BYTES = 1_000_000
 #: Letters read at once by their ids.
 _PAGE = 500
 #: Fingerprints that are read side by side.
@@ -215,7 +217,7 @@ class RedisBroker:
         unfit: list[str] = []
         while not run.stop() and (batch := list(islice(chosen, size))):
             replayed: dict[str, Replayed] = {}
-            moves = []
+            moves: list[Move] = []
             for found, letter in batch:
                 if found.item is None:
                     logger.warning("letter %s of %r has no message to replay: somebody deleted it", found.id, dlq)
@@ -230,11 +232,14 @@ class RedisBroker:
                 to = run.to or letter.queue
                 moves.append((found.id, found.score, self._list_key(to, parsed or {}), message))
                 replayed[found.id] = Replayed(letter, to, changes)
-            try:
-                moved = self._store.replay(queue, moves) if moves else set()
-            except redis.exceptions.ResponseError as exc:
-                raise _full(exc, f"{len(moves)} letters stay in {dlq!r}") from exc
-            yield from (each for letter_id, each in replayed.items() if letter_id in moved)
+            for lot in _lots(moves):
+                try:
+                    moved = self._store.replay(queue, lot)
+                except redis.exceptions.ResponseError as exc:
+                    raise _full(exc, f"{len(lot)} letters stay in {dlq!r}") from exc
+                yield from (
+                    replayed[letter_id] for letter_id in dict.fromkeys(move[0] for move in lot) if letter_id in moved
+                )
         if unfit:
             raise ReplayError(f"{unfit[0]}{f' (and {len(unfit) - 1} more)' * (len(unfit) > 1)}")
 
@@ -320,6 +325,20 @@ class RedisBroker:
             if (evicted := self._store.reader.evicted(queue)) and any(key.startswith("evicted_") for key in extra):
                 extra["evicted"] = evicted
             yield QueueStats(queue, self._policy.dlq(queue), self._store.reader.count(queue), extra)
+
+
+def _lots(moves: list[Move]) -> Iterator[list[Move]]:
+    """Moves in lots of so many bytes."""
+    lot: list[Move] = []
+    size = 0
+    for move in moves:
+        if lot and size + len(move[3]) > _BYTES:
+            yield lot
+            lot, size = [], 0
+        lot.append(move)
+        size += len(move[3])
+    if lot:
+        yield lot
 
 
 def _full(exc: BaseException, consequence: str) -> Exception:

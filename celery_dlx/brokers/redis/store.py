@@ -33,6 +33,10 @@ def is_full(exc: BaseException) -> bool:
     return isinstance(exc, redis.exceptions.OutOfMemoryError)  # type: ignore[attr-defined, unused-ignore]
 
 
+#: A letter that goes back: its id, its score as read, the key of its list, its item.
+Move = tuple[str, float, str, bytes]
+
+
 class Trimmed(NamedTuple):
     """How many letters went by a step, how many there are and of how many bytes, and how many the caps cost ever."""
 
@@ -138,8 +142,8 @@ class LetterStore:
         """Keep a DLQ within its caps, by a bounded step."""
         return Trimmed(*map(int, self._scripts["trim"](keys=self.keys(queue), args=_caps(settings))))
 
-    def replay(self, queue: str, moves: Sequence[tuple[str, float, str, bytes]]) -> set[str]:
-        """Move letters (id, score as read, list key, item) back, all in one step; returns the ids that moved."""
+    def replay(self, queue: str, moves: Sequence[Move]) -> set[str]:
+        """Move letters back, all in one step; returns the ids that moved."""
         lists = {key: number for number, key in enumerate(dict.fromkeys(move[2] for move in moves), 1)}
         # Two arguments for all of them: redis-py handles each for itself, and sends a few thousand bytes at once at most.
         numbers, parts = [], []
