@@ -9,6 +9,7 @@ from typing import Any
 import amqp
 from amqp.serialization import decode_properties_basic
 
+from celery_dlx.brokers.rabbitmq.deliveries import Taken
 from celery_dlx.brokers.rabbitmq.framing import encode_properties, encode_table
 from celery_dlx.brokers.rabbitmq.returns import BROKER_COUNTERS, RETURNS, route_of
 from celery_dlx.errors import UsageError
@@ -39,7 +40,7 @@ def decode_body(raw: amqp.Message) -> bytes | None:
     return None if encoding.lower() in ("utf-8", "utf8") else body
 
 
-def original_of(raw: amqp.Message, exact: bytes | None = None) -> Original:
+def original_of(raw: amqp.Message | Taken, exact: bytes | None = None) -> Original:
     """What the producer sent, out of a delivered message. ``exact``: its body, where the message has it no more."""
     headers = raw.properties.get("application_headers") or {}
     info = raw.delivery_info or {}
@@ -112,7 +113,7 @@ def _fit(record: dict[str, Any], room: int) -> dict[str, Any]:
     raise ValueError(f"{room} bytes left for the record in the header frame")
 
 
-def letter_of(raw: amqp.Message, queue: str, dlq: str) -> DeadLetter:
+def letter_of(raw: amqp.Message | Taken, queue: str, dlq: str) -> DeadLetter:
     """The letter that a message in a DLQ is, whoever put it there."""
     original = original_of(raw)
     record = original.headers.get(HEADER)
@@ -130,16 +131,20 @@ def letter_of(raw: amqp.Message, queue: str, dlq: str) -> DeadLetter:
     return letter
 
 
-def exported(raw: amqp.Message, letter: DeadLetter, queue: str) -> dict[str, Any]:
+def exported(raw: amqp.Message | Taken, letter: DeadLetter, queue: str) -> dict[str, Any]:
     """A letter as JSON: headers and properties as AMQP encodes them, for JSON has not all their types."""
-    properties = {key: value for key, value in raw.properties.items() if key != "delivery_info"}
+    if isinstance(raw, Taken):
+        content = raw.content
+    else:
+        properties = {key: value for key, value in raw.properties.items() if key != "delivery_info"}
+        content = encode_properties(properties, amqp.Message.PROPERTIES)
     body = raw.body.encode("utf-8", "surrogateescape") if isinstance(raw.body, str) else bytes(raw.body or b"")
     return {
         "v": 1,
         "broker": "rabbitmq",
         "queue": queue,
         "id": letter.id,
-        "properties": base64.b64encode(encode_properties(properties, amqp.Message.PROPERTIES)).decode(),
+        "properties": base64.b64encode(content).decode(),
         "body": base64.b64encode(body).decode(),
     }
 

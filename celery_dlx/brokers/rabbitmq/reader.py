@@ -6,6 +6,8 @@ our DLQs, whose delivery limit is off (`topology.arguments.dlq_arguments`).
 
 from __future__ import annotations
 
+import logging
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator, Sequence
 from time import monotonic, sleep
@@ -14,6 +16,9 @@ from typing import Any
 from amqp.exceptions import NotFound
 
 from celery_dlx.brokers.rabbitmq.declare import SideChannel
+from celery_dlx.brokers.rabbitmq.deliveries import Taken, deliveries_of, taken
+
+logger = logging.getLogger("celery_dlx")
 
 #: Letters held unacknowledged at most by one channel, and channels at most: the broker knows each letter that is out.
 PER_CHANNEL, CHANNELS = 5_000, 200
@@ -27,6 +32,31 @@ _SETTLE = 1.0
 _RETURNED = 60.0
 
 
+class _Tags:
+    """Delivery tags of one channel, which count up: handed out, and settled since. A million cost next to nothing."""
+
+    __slots__ = ("_gone", "_settled", "handed")
+
+    def __init__(self) -> None:
+        self.handed = 0
+        #: All up to this one were settled; beyond it, these.
+        self._settled = 0
+        self._gone: set[int] = set()
+
+    @property
+    def open(self) -> int:
+        return self.handed - self._settled - len(self._gone)
+
+    def settle(self, tags: Sequence[int]) -> tuple[int | None, list[int]]:
+        """Note that these, in order, are settled: the one up to which all are now, if that changed, and those beyond."""
+        self._gone.update(tags)
+        while self._settled + 1 in self._gone:
+            self._settled += 1
+            self._gone.discard(self._settled)
+        together = bisect_right(tags, self._settled)
+        return tags[together - 1] if together else None, list(tags[together:])
+
+
 class Reader:
     """Takes the letters that were in a DLQ when it was opened, oldest first; leaving puts back what was not settled."""
 
@@ -34,8 +64,9 @@ class Reader:
         """``few``: that many letters are probably enough: those beyond are only asked for when they are wanted."""
         self._connection = connection.connection
         self._dlq = dlq
-        #: By channel: tags of letters handed out and not acknowledged.
-        self._open: dict[Any, set[int]] = {}
+        self._deliveries = deliveries_of(self._connection)
+        #: By channel: which letters were handed out and not acknowledged.
+        self._open: dict[Any, _Tags] = {}
         #: By channel: how many it may hold.
         self._window: dict[Any, int] = {}
         #: Ids of letters that were.
@@ -45,7 +76,9 @@ class Reader:
         self.seen = 0
         #: Letters that were counted at the start, and not seen.
         self.missed = 0
-        self._buffer: deque[Any] = deque()
+        #: More are there than may be held: what lies beyond is not seen.
+        self.full = False
+        self._buffer: deque[Taken] = deque()
         channel = connection.channel()
         try:
             self.depth = channel.queue_declare(dlq, passive=True).message_count
@@ -56,23 +89,25 @@ class Reader:
 
     def _consume(self, channel: Any, most: int = PER_CHANNEL) -> None:
         channel.auto_decode = False  # bodies byte for byte
-        self._open[channel] = set()
+        self._open[channel] = _Tags()
         self._window[channel] = max(min(self.depth, most), 1)
         channel.basic_qos(0, self._window[channel], False)
         # Only buffer in the callback: whatever publishes there would re-enter the reading of the socket.
-        channel.basic_consume(self._dlq, callback=self._buffer.append)
+        self._deliveries.take(channel, self._buffer.append)
+        channel.basic_consume(self._dlq, callback=lambda message: self._buffer.append(taken(message)))
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Taken]:
         self.missed = self.missed or self.depth
         while self.missed and (raw := self._next()) is not None:
             self.missed -= 1
             self.seen += 1
-            self._open[raw.channel].add(raw.delivery_tag)
+            self._open[raw.channel].handed = raw.delivery_tag
             yield raw
 
-    def _next(self) -> Any:
-        if not self._buffer and all(len(tags) >= self._window[channel] for channel, tags in self._open.items()):
+    def _next(self) -> Taken | None:
+        if not self._buffer and all(tags.open >= self._window[channel] for channel, tags in self._open.items()):
             if len(self._open) >= CHANNELS:
+                self._say_full()
                 return None
             self._consume(self._connection.channel())
         deadline = monotonic() + _QUIET
@@ -82,6 +117,16 @@ class Reader:
             except TimeoutError:
                 break
         return self._buffer.popleft() if self._buffer else None
+
+    def _say_full(self) -> None:
+        if not self.full:
+            self.full = True
+            logger.warning(
+                "%s: %d letters were looked at, %d more were not: more are not read at once; replay or discard some first",
+                self._dlq,
+                self.seen,
+                self.missed,
+            )
 
     def more(self) -> bool:
         """Whether letters are there that were not counted at the start: new ones, or some that were just put back."""
@@ -109,16 +154,13 @@ class Reader:
             self._acknowledge(channel, sorted(tags))
 
     def _acknowledge(self, channel: Any, tags: list[int]) -> None:
-        still_open = self._open[channel]
-        still_open.difference_update(tags)
-        first = min(still_open, default=tags[-1] + 1)
-        for start in range(0, len(tags), _ACKS):
-            batch = tags[start : start + _ACKS]
-            if first > batch[-1]:
-                channel.basic_ack(batch[-1], multiple=True)
-            else:
-                for tag in batch:
-                    channel.basic_ack(tag)
+        together, alone = self._open[channel].settle(tags)
+        if together is not None:
+            channel.basic_ack(together, multiple=True)
+            channel.queue_declare(self._dlq, passive=True)
+        for start in range(0, len(alone), _ACKS):
+            for tag in alone[start : start + _ACKS]:
+                channel.basic_ack(tag)
             channel.queue_declare(self._dlq, passive=True)
 
     def close(self) -> bool:
@@ -127,8 +169,8 @@ class Reader:
         Quorum queues settle a little later than they answer: the next look would find letters missing, or still there.
         """
         open_channels = [channel for channel in self._open if channel.is_open]
-        for channel in open_channels:
-            channel.close()
+        for channel in self._open:
+            self._deliveries.close(channel)
         if not self._dlq or not open_channels:
             return True
         expected = self.depth - self._settled
