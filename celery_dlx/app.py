@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from fnmatch import fnmatchcase
+from heapq import merge
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -242,8 +243,8 @@ class DeadLetters:
                 pages = {name: page for name, page in pages.items() if name not in earlier}
             pages[home] = matches.page(newest=newest, after=after, died_at=died_at)
         if newest:
-            found = [letter for name, page in pages.items() for letter in self.broker.browse(name, page, limit)]
-            return islice(sorted(found, key=lambda letter: -letter.died_at), limit)
+            found = (self.broker.browse(name, page, limit) for name, page in pages.items())
+            return islice(merge(*found, key=lambda letter: -letter.died_at), limit)
         return islice((letter for name, page in pages.items() for letter in self.broker.browse(name, page, limit)), limit)
 
     def _locate(self, letter_id: str, names: list[str]) -> tuple[str, int]:

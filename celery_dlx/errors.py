@@ -69,6 +69,10 @@ class ReplayError(DeadLetterError):
     """A letter could not be replayed; it is still in its dead-letter queue."""
 
 
+class SpoolError(DeadLetterError):
+    """Letters cannot be set aside while their dead-letter queue is read; all are still in it."""
+
+
 class JournalError(DeadLetterError):
     """A replay's journal cannot be written."""
 

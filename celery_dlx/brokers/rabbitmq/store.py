@@ -9,7 +9,6 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from heapq import heappop, heappush
 from itertools import islice
 from time import monotonic
 from typing import Any
@@ -17,12 +16,13 @@ from typing import Any
 from amqp.exceptions import ChannelError, NotFound
 
 from celery_dlx.brokers.base import Match, QueueStats, Replayed, Run
+from celery_dlx.brokers.rabbitmq.browse import letters_in, set_aside
 from celery_dlx.brokers.rabbitmq.declare import Declarer, SideChannel
 from celery_dlx.brokers.rabbitmq.inspect import arguments_over_amqp, by_management
 from celery_dlx.brokers.rabbitmq.letters import exported, imported, letter_of, revived
 from celery_dlx.brokers.rabbitmq.management import management_of
 from celery_dlx.brokers.rabbitmq.pipeline import REFUSED, RETURNED, STORED, ConfirmPipeline
-from celery_dlx.brokers.rabbitmq.reader import CHANNELS, PER_CHANNEL, Reader
+from celery_dlx.brokers.rabbitmq.reader import Reader
 from celery_dlx.brokers.rabbitmq.unreachable import connected
 from celery_dlx.errors import ReplayError, UnsafeQueueError
 from celery_dlx.letters import DeadLetter
@@ -107,55 +107,10 @@ class RabbitMQBroker:
             return sorted({queue for queue in self._known() if side.live_queue(self._policy.dlq(queue)) is not None})
 
     def browse(self, queue: str, match: Match | None = None, limit: int | None = None) -> Iterator[DeadLetter]:
-        # All are taken and put back before the first is given out: whoever acts on a letter while going through them
-        # must find it in its DLQ.
-        return iter(self._browse(queue, match, limit))
-
-    def _browse(self, queue: str, match: Match | None, limit: int | None) -> list[DeadLetter]:
         dlq = self._policy.dlq(queue)
-        page = match if isinstance(match, Selection) else Selection(lambda letter: True)
-        if page.newest:
-            return self._newest(self._reader(queue, dlq), queue, dlq, page, limit)
-        few = None if limit is None else max(limit, 1 if match is None else WINDOW)
-        reader = self._reader(queue, dlq, few=few)
-        if reader.depth > PER_CHANNEL * CHANNELS:
-            logger.warning(
-                "%s holds %d letters; only the oldest %d are looked at", dlq, reader.depth, PER_CHANNEL * CHANNELS
-            )
-        found: list[DeadLetter] = []
-        try:
-            passed = page.after is None
-            for raw in reader:
-                letter = letter_of(raw, queue, dlq)
-                if not passed:
-                    passed = letter.id == page.after
-                elif match is None or match(letter):
-                    found.append(letter)
-                    if limit is not None and len(found) >= limit:
-                        break
-        finally:
-            reader.close()
-        return found
-
-    @staticmethod
-    def _newest(reader: Reader, queue: str, dlq: str, page: Selection, limit: int | None) -> list[DeadLetter]:
-        """By the time of death, which is not always the queue's order: clocks differ, and letters are imported."""
-        kept: list[tuple[int, int, DeadLetter]] = []
-        passed = False
-        try:
-            for position, raw in enumerate(reader):
-                letter = letter_of(raw, queue, dlq)
-                if page.after is not None:
-                    passed = passed or letter.id == page.after
-                    if letter.died_at > page.after_died or (letter.died_at == page.after_died and passed):
-                        continue  # on the pages before
-                if page(letter):
-                    heappush(kept, (letter.died_at, position, letter))
-                    if limit is not None and len(kept) > limit:
-                        heappop(kept)
-        finally:
-            reader.close()
-        return [letter for _, _, letter in sorted(kept, reverse=True)]
+        page = match if isinstance(match, Selection) else Selection(match or (lambda letter: True))
+        few = None if limit is None or page.newest else max(limit, 1 if match is None else WINDOW)
+        return letters_in(self._reader(queue, dlq, few=few), queue, dlq, page, limit)
 
     def _reader(self, queue: str, dlq: str, connection: Any = None, few: int | None = None) -> Reader:
         """A reader of a DLQ that can be read without harm.
@@ -334,24 +289,19 @@ class RabbitMQBroker:
 
     def export(self, queue: str, match: Match, limit: int | None = None) -> Iterator[dict[str, Any]]:
         dlq = self._policy.dlq(queue)
-        reader, taken = self._reader(queue, dlq), 0
+        reader = self._reader(queue, dlq)
         try:
-            for raw in reader:
-                letter = letter_of(raw, queue, dlq)
-                if not match(letter):
-                    continue
-                yield exported(raw, letter, queue)
-                taken += 1
-                if taken == limit:
-                    break
-            else:
-                if reader.missed:
-                    raise ReplayError(
-                        f"{reader.missed} letters of {dlq!r} were not seen: somebody else holds them, or there are more "
-                        f"than {PER_CHANNEL * CHANNELS}; nothing was removed, try again"
-                    )
+            spool = set_aside((raw for raw in reader if match(letter_of(raw, queue, dlq))), limit)
+            if reader.missed and (limit is None or len(spool) < limit):
+                raise ReplayError(
+                    f"{reader.missed} letters of {dlq!r} were not seen: "
+                    + ("more are there than can be read at once" if reader.full else "somebody else holds them, try again")
+                    + "; nothing was exported, nothing removed"
+                )
         finally:
             reader.close()
+        for raw in spool.read():
+            yield exported(raw, letter_of(raw, queue, dlq), queue)
 
     def restore(self, lines: Iterable[dict[str, Any]]) -> tuple[int, int]:
         there: dict[str, set[str]] = {}
@@ -394,7 +344,7 @@ class RabbitMQBroker:
             ids.add(letter.id)
             return False
 
-        self._browse(queue, collect, None)
+        self.browse(queue, collect)
         return ids
 
     def discard(self, queue: str, match: Match, limit: int | None = None) -> Iterator[DeadLetter]:

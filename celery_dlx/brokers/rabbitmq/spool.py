@@ -1,0 +1,109 @@
+"""Sets letters aside while a DLQ is read: a few in memory, those beyond in a file that has no name.
+
+A million letters must fit a small process. The file is the owner's alone (0600), and gone with the process: letters may
+hold personal data.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from array import array
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from struct import Struct
+from typing import IO
+
+from celery_dlx.brokers.rabbitmq.deliveries import Taken
+from celery_dlx.errors import SpoolError
+
+#: Kept in memory at most, in bytes, and what a letter takes there besides its own.
+_IN_MEMORY, _EACH = 16_777_216, 400
+#: Written and read at once, in bytes.
+_BUFFER = 262_144
+#: Sizes of method arguments, properties and body stand before them.
+_SIZES = Struct(">HIQ")
+
+
+class Spool:
+    """Letters in the order they are added; closing it, or letting go of it, forgets them."""
+
+    def __init__(self) -> None:
+        self._file: IO[bytes] | None = None
+        self._first: list[Taken] = []
+        self._room = _IN_MEMORY
+        #: Where each of those beyond begins in the file, and where the next will.
+        self._places = array("Q")
+        self._end = 0
+
+    def __len__(self) -> int:
+        return len(self._first) + len(self._places)
+
+    def add(self, raw: Taken) -> None:
+        """Set a letter aside.
+
+        Raises:
+            SpoolError: the file cannot be made or written.
+        """
+        sizes = len(raw.method), len(raw.content), len(raw.body)
+        if self._file is None:
+            self._room -= sum(sizes) + _EACH
+            if self._room >= 0:
+                self._first.append(Taken(raw.method, raw.content, raw.body))
+                return
+        try:
+            if self._file is None:
+                self._file = tempfile.TemporaryFile(buffering=_BUFFER)  # noqa: SIM115 - `close` closes it
+            self._file.write(b"".join((_SIZES.pack(*sizes), raw.method, raw.content, raw.body)))
+        except OSError as exc:
+            raise _explained(exc) from exc
+        self._places.append(self._end)
+        self._end += _SIZES.size + sum(sizes)
+
+    def flush(self) -> None:
+        """Have all of it in the file.
+
+        Raises:
+            SpoolError: it cannot be written.
+        """
+        try:
+            if self._file is not None:
+                self._file.flush()
+        except OSError as exc:
+            raise _explained(exc) from exc
+
+    def read(self, positions: Iterable[int] | None = None) -> Iterator[Taken]:
+        """The letters at these positions, all by default; the spool is closed after the last.
+
+        Raises:
+            SpoolError: the file cannot be read.
+        """
+        try:
+            for position in range(len(self)) if positions is None else positions:
+                yield self._first[position] if position < len(self._first) else self._at(position - len(self._first))
+        except OSError as exc:
+            raise _explained(exc) from exc
+        finally:
+            self.close()
+
+    def _at(self, number: int) -> Taken:
+        assert self._file is not None
+        if self._file.tell() != self._places[number]:
+            self._file.seek(self._places[number])
+        method, content, body = _SIZES.unpack(self._file.read(_SIZES.size))
+        return Taken(self._file.read(method), self._file.read(content), self._file.read(body))
+
+    def close(self) -> None:
+        self._first, self._places = [], array("Q")
+        file, self._file = self._file, None
+        if file is not None:
+            with suppress(OSError):  # what is still to be written is not wanted any more
+                file.close()
+
+    __del__ = close
+
+
+def _explained(exc: OSError) -> SpoolError:
+    return SpoolError(
+        f"letters cannot be set aside in {tempfile.gettempdir()}: {exc.strerror or exc}; free some space, name another "
+        "folder in TMPDIR, or look at fewer (--limit). All letters are where they were"
+    )
