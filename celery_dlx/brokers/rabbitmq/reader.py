@@ -87,7 +87,7 @@ class Reader:
         else:
             self._consume(channel, PER_CHANNEL if few is None else min(few, PER_CHANNEL))
 
-    def _consume(self, channel: Any, most: int = PER_CHANNEL) -> None:
+    def _consume(self, channel: Any, most: int) -> None:
         channel.auto_decode = False  # bodies byte for byte
         self._open[channel] = _Tags()
         self._window[channel] = max(min(self.depth, most), 1)
@@ -109,7 +109,7 @@ class Reader:
             if len(self._open) >= CHANNELS:
                 self._say_full()
                 return None
-            self._consume(self._connection.channel())
+            self._consume(self._connection.channel(), PER_CHANNEL)
         deadline = monotonic() + _QUIET
         while not self._buffer and (remaining := deadline - monotonic()) > 0:
             try:

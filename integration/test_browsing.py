@@ -1,0 +1,105 @@
+"""Going through the letters of a RabbitMQ DLQ: what is held, what is set aside, and what may be done meanwhile."""
+
+from __future__ import annotations
+
+import pytest
+from celery import Celery
+
+from celery_dlx import DeadLetters
+from celery_dlx.brokers.rabbitmq import browse, reader, spool
+from celery_dlx.brokers.rabbitmq.letters import at_rest, exported
+from celery_dlx.errors import ReplayError, SpoolError
+from celery_dlx.letters import Death, Original, compose
+from celery_dlx.policy.settings import Policy
+
+
+@pytest.fixture
+def dead(rabbitmq, queue):
+    app = Celery("reader", broker=rabbitmq.url)
+    app.conf.task_default_queue = queue
+    found = DeadLetters(app, policy=Policy())
+    with app.connection_for_write() as connection:
+        connection.default_channel.queue_declare(queue, durable=True, auto_delete=False)
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Nearly all letters go to the file."""
+    monkeypatch.setattr(spool, "_IN_MEMORY", 2_000)
+    monkeypatch.setattr(browse, "_FEW", 2)
+
+
+def fill(dead: DeadLetters, queue: str, count: int) -> list[str]:
+    """Store letters; returns their ids."""
+    lines = []
+    for number in range(count):
+        headers = {"task": "t", "id": f"task-{number}", "retries": 0}
+        original = Original(b"\xff\0body %d" % number, headers, {"delivery_mode": 2}, "", queue)
+        letter = compose(Death("failure", queue, 1_700_000_000_000 + number, "E", "m", "t"), original, f"{queue}.dlq")
+        lines.append(exported(at_rest(letter, "guest"), letter, queue))
+    assert dead.restore(lines) == (count, 0)
+    return [line["id"] for line in lines]
+
+
+def test_letters_are_in_their_dlq_while_somebody_goes_through_them(small, dead, queue):
+    ids = fill(dead, queue, 40)
+    seen = []
+    for letter in dead.letters(queue):
+        seen.append((letter.id, letter.original.body))
+        if len(seen) % 2:
+            assert [each.id for each in dead.discard(letter.id, queue)] == [letter.id]
+        else:
+            assert [each.letter.id for each in dead.replay(letter.id, queue)] == [letter.id]
+    assert seen == [(letter_id, b"\xff\0body %d" % number) for number, letter_id in enumerate(ids)]
+    assert dead.stats(queue)[0].letters == 0
+
+
+def test_an_iterator_that_is_left_half_way_holds_nothing(small, dead, queue):
+    ids = fill(dead, queue, 30)
+    letters, lines = dead.letters(queue), dead.export(queue)
+    assert next(letters).id == ids[0] == next(lines)["id"]
+    assert dead.stats(queue)[0].letters == 30
+    assert [letter.id for letter in dead.letters(queue, newest=True)] == ids[::-1]
+    assert [letter.id for letter in dead.letters(queue, newest=True, limit=20, after=ids[25])] == ids[5:25][::-1]
+    assert [letter.id for letter in letters] == ids[1:]
+    assert [line["id"] for line in lines] == ids[1:]
+
+
+def test_a_full_disk_loses_nothing(small, dead, queue, monkeypatch):
+    ids = fill(dead, queue, 30)
+    with monkeypatch.context() as full:
+        full.setattr(spool.tempfile, "TemporaryFile", lambda buffering: open("/dev/full", "w+b", buffering))  # noqa: SIM115
+        for look in (lambda: dead.letters(queue), lambda: dead.letters(queue, newest=True), lambda: dead.export(queue)):
+            with pytest.raises(SpoolError, match="No space left on device"):
+                list(look())
+        assert dead.stats(queue)[0].letters == 30
+        assert next(dead.letters(queue, limit=1)).id == ids[0], "few need no file"
+    assert [letter.id for letter in dead.letters(queue)] == ids
+
+
+def test_more_letters_than_can_be_held_are_said(dead, queue, monkeypatch, caplog):
+    ids = fill(dead, queue, 25)
+    monkeypatch.setattr(reader, "PER_CHANNEL", 5)
+    monkeypatch.setattr(reader, "CHANNELS", 4)
+    assert [letter.id for letter in dead.letters(queue)] == ids[:20]
+    assert f"{queue}.dlq: 20 letters were looked at, 5 more were not" in caplog.text
+    assert [group.count for group in dead.groups(queue)] == [20]
+    with pytest.raises(ReplayError, match=r"5 letters of .* more are there than can be read at once; nothing was exported"):
+        list(dead.export(queue))
+    assert [line["id"] for line in dead.export(queue, limit=3)] == ids[:3]
+    gone = [letter.id for letter in dead.discard(queue=queue, limit=12)]
+    caplog.clear()
+    assert sorted(letter.id for letter in dead.letters(queue)) == sorted(set(ids) - set(gone))
+    assert "were not" not in caplog.text
+
+
+def test_letters_that_are_taken_here_and_there(dead, queue):
+    """Acknowledged one by one, and all up to one."""
+    ids = fill(dead, queue, 200)
+    some = {*ids[:50], *ids[60:150:3]}
+    assert {letter.id for letter in dead.discard(some, queue)} == some
+    assert [letter.id for letter in dead.letters(queue)] == [each for each in ids if each not in some]
+    assert len([*dead.replay(queue=queue)]) == 200 - len(some)
+    assert dead.stats(queue)[0].letters == 0
