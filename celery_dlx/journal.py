@@ -9,7 +9,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -144,12 +144,19 @@ class Journal:
         self._file.write("\n")  # the last line may have been cut short: what comes now must not be part of it
 
     def write(self, kind: str, **line: Any) -> None:
-        """Append a line; it is on disk when this returns."""
+        """Append a line; it is on disk when this returns, and so is what was noted before."""
+        self._append(kind, line, os.fsync)
+
+    def note(self, kind: str, **line: Any) -> None:
+        """Append a line that is of no use without a later one."""
+        self._append(kind, line, lambda descriptor: None)
+
+    def _append(self, kind: str, line: dict[str, Any], sync: Callable[[int], None]) -> None:
         line = {"kind": kind, "at": int(time.time() * 1000), **line}
         with _explained(self._file.name):
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
-            os.fsync(self._file.fileno())
+            sync(self._file.fileno())
         self.record.apply(line)
 
     def close(self) -> None:

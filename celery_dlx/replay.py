@@ -329,7 +329,7 @@ def start(
         journal.write("start", started=now, selection=selection, by=by, broker=url, options=options.as_dict())
         found = ([letter.id, queue, letter.fingerprint] for queue, letter in letters)
         while batch := list(islice(found, _BATCH)):
-            journal.write("select", letters=batch)
+            journal.note("select", letters=batch)  # "selected" makes sure of all of them
         journal.write("selected")
     except BaseException:
         locks.release()
