@@ -31,6 +31,9 @@ BROKER_HEADERS = (
     "x-acquired-count",
 )
 
+#: Headers that a replay changes.
+CHANGED = ("retries", "expires")
+
 
 def revive_headers(
     letter: DeadLetter, now: datetime | None = None, replay: str | None = None
@@ -40,7 +43,17 @@ def revive_headers(
     Everything else of the message stays as it was. The lineage goes into our own header; ``replay`` is the id of the
     replay that wants to hear what becomes of it.
     """
-    headers = {key: value for key, value in letter.original.headers.items() if key not in BROKER_HEADERS}
+    return revive(letter.original.headers, letter, now, replay)
+
+
+def revive(
+    original: Mapping[str, Any], letter: DeadLetter, now: datetime | None = None, replay: str | None = None
+) -> tuple[dict[str, Any], list[str]]:
+    """As `revive_headers`, of some of a letter's headers; the others stay as they are.
+
+    Only those in `CHANGED` are ever changed, those in `BROKER_HEADERS` dropped, and our own added.
+    """
+    headers = {key: value for key, value in original.items() if key not in BROKER_HEADERS}
     changes = []
     if headers.get("retries"):
         changes.append(f"retries {headers['retries']} → 0")

@@ -111,7 +111,16 @@ def _table(data: bytes, at: int, end: int) -> dict[Any, Any]:
     while at < end:
         stop = at + 1 + data[at]
         name = _name(data[at + 1 : stop])
-        table[name], at = _value(data, stop, end)
+        kind = data[stop]
+        if kind == 0x53:  # as below; most are text
+            at = stop + 5 + _SIZE(data, stop + 1)[0]
+            if at > end:
+                raise _UnusualError
+            table[name] = _text(data[stop + 5 : at])
+        elif kind == 0x56:
+            table[name], at = None, stop + 1
+        else:
+            table[name], at = _value(data, stop, end)
     if at != end:
         raise _UnusualError
     return table
@@ -124,10 +133,7 @@ def _value(data: bytes, at: int, end: int) -> tuple[Any, int]:
         stop = at + 4 + _SIZE(data, at)[0]
         if stop > end:
             raise _UnusualError
-        try:
-            return data[at + 4 : stop].decode(), stop
-        except UnicodeDecodeError:
-            return data[at + 4 : stop], stop
+        return _text(data[at + 4 : stop]), stop
     if kind == 0x56:  # V
         return None, at
     if kind == 0x49:  # I

@@ -13,7 +13,7 @@ from typing import Any
 
 import amqp
 from amqp.exceptions import UnexpectedFrame
-from amqp.serialization import dumps, loads
+from amqp.serialization import dumps
 from amqp.spec import Basic
 
 from celery_dlx.brokers.rabbitmq.decoding import decode_properties
@@ -28,7 +28,7 @@ _METHOD, _HEADER = 1, 2
 _DELIVER = Struct(">HH").pack(*Basic.Deliver)
 #: Arguments of `basic.deliver`.
 _ARGUMENTS, _NAMES = "sLbss", ("consumer_tag", "delivery_tag", "redelivered", "exchange", "routing_key")
-_TAG = Struct(">Q").unpack_from
+_TAG, _TAG_AND_FLAG = Struct(">Q").unpack_from, 9
 #: Class, weight and body size (AMQP 0-9-1 §4.2.6.1) stand before the properties.
 _HEADER_SIZE = 12
 _BODY_SIZE = Struct(">Q").unpack_from
@@ -51,8 +51,17 @@ class Taken:
 
     @property
     def delivery_info(self) -> dict[str, Any]:
-        values, _ = loads(_ARGUMENTS, self.method, 0)
-        return dict(zip(_NAMES, values, strict=True))
+        method = self.method
+        at = 1 + method[0] + _TAG_AND_FLAG
+        stop = at + 1 + method[at]
+        exchange, key = method[at + 1 : stop], method[stop + 1 :]
+        return {
+            "consumer_tag": method[1 : 1 + method[0]].decode("utf-8", "surrogatepass"),
+            "delivery_tag": self.delivery_tag,
+            "redelivered": method[at - 1] & 1 == 1,
+            "exchange": exchange.decode("utf-8", "surrogatepass"),
+            "routing_key": key.decode("utf-8", "surrogatepass"),
+        }
 
     @property
     def properties(self) -> dict[str, Any]:

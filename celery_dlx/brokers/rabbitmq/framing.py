@@ -43,7 +43,22 @@ def publish_frames(
     """
     body = message.body
     body = body.encode() if isinstance(body, str) else body or b""
-    content = _CONTENT(_CLASS, 0, len(body)) + encode_properties(message.properties, message.PROPERTIES)
+    properties = encode_properties(message.properties, message.PROPERTIES)
+    return content_frames(channel_id, properties, body, exchange, routing_key, frame_max, mandatory=mandatory)
+
+
+def content_frames(
+    channel_id: int,
+    properties: bytes,
+    body: bytes,
+    exchange: str,
+    routing_key: str,
+    frame_max: int,
+    *,
+    mandatory: bool = True,
+) -> bytes:
+    """As `publish_frames`, of properties that are encoded already."""
+    content = _CONTENT(_CLASS, 0, len(body)) + properties
     room = frame_max - FRAME_OVERHEAD
     if len(content) > room:
         raise HeadersTooLargeError(f"headers of {len(content)} bytes, the frame holds {room}")

@@ -12,13 +12,16 @@ from amqp.serialization import decode_properties_basic
 from celery_dlx.brokers.rabbitmq.deliveries import Taken
 from celery_dlx.brokers.rabbitmq.framing import encode_properties, encode_table
 from celery_dlx.brokers.rabbitmq.returns import BROKER_COUNTERS, RETURNS, route_of
+from celery_dlx.brokers.rabbitmq.splicing import spliced
 from celery_dlx.errors import UsageError
-from celery_dlx.letters import HEADER, DeadLetter, Original, clip, read_broker_death, read_record
+from celery_dlx.letters import HEADER, UNDECODED, DeadLetter, Original, clip, read_broker_death, read_record
 from celery_dlx.policy.settings import Policy
-from celery_dlx.replaying import revive_expiration, revive_headers
+from celery_dlx.replaying import BROKER_HEADERS, CHANGED, revive, revive_expiration, revive_headers
 
 #: Added on the way: not the producer's.
-_COUNTERS = (*BROKER_COUNTERS, RETURNS)
+_COUNTERS = frozenset((*BROKER_COUNTERS, RETURNS))
+#: What a replay does not carry, as it is encoded.
+_DROPPED = frozenset(name.encode() for name in (*BROKER_HEADERS, *_COUNTERS, HEADER))
 #: Room left in the header frame for what we do not measure, in bytes (frame overhead and the method's own arguments).
 _HEADROOM = 1024
 #: Lengths a traceback is cut to, in characters, until it fits: a frame is 128 KiB by default, and may be 8 KiB.
@@ -42,19 +45,21 @@ def decode_body(raw: amqp.Message) -> bytes | None:
 
 def original_of(raw: amqp.Message | Taken, exact: bytes | None = None) -> Original:
     """What the producer sent, out of a delivered message. ``exact``: its body, where the message has it no more."""
-    headers = raw.properties.get("application_headers") or {}
-    info = raw.delivery_info or {}
+    properties = dict(raw.properties)
+    headers = properties.pop("application_headers", None) or {}
     route = route_of(headers)
-    if any(name in headers for name in _COUNTERS):
+    if not _COUNTERS.isdisjoint(headers):
         headers = {key: value for key, value in headers.items() if key not in _COUNTERS}
-    exchange, routing_key = route or (info.get("exchange") or "", info.get("routing_key") or "")
+    if route is None:
+        info = raw.delivery_info or {}
+        route = info.get("exchange") or "", info.get("routing_key") or ""
     body = raw.body if exact is None else exact
     return Original(
         body=body.encode("utf-8", "surrogateescape") if isinstance(body, str) else bytes(body or b""),
         headers=headers,
-        properties={key: value for key, value in raw.properties.items() if key != "application_headers"},
-        exchange=exchange,
-        routing_key=routing_key,
+        properties=properties,
+        exchange=route[0],
+        routing_key=route[1],
     )
 
 
@@ -118,7 +123,8 @@ def letter_of(raw: amqp.Message | Taken, queue: str, dlq: str) -> DeadLetter:
     original = original_of(raw)
     record = original.headers.get(HEADER)
     if isinstance(record, Mapping) and record.get("reason"):
-        original.headers = {key: value for key, value in original.headers.items() if key != HEADER}
+        original.headers = dict(original.headers)
+        del original.headers[HEADER]
         original.exchange = str(record.get("exchange") or "")
         original.routing_key = str(record.get("routing_key") or "")
         letter = read_record(record, original, dlq)
@@ -167,6 +173,24 @@ def imported(line: Mapping[str, Any], policy: Policy) -> tuple[amqp.Message, Dea
     letter = letter_of(message, line["queue"], policy.dlq(line["queue"]))
     letter.id, letter.queue = line["id"], line["queue"]
     return message, letter
+
+
+def revived_bytes(raw: Taken, letter: DeadLetter, user: str | None, replay: str | None) -> tuple[bytes, list[str]] | None:
+    """The properties a letter is replayed with: the very bytes it rests with, but for our header; and what changed.
+
+    ``None`` where `revived` has to look closer: at what was stripped, edited, undecodable, or changes in its place.
+    """
+    properties, headers = letter.original.properties, letter.original.headers
+    if letter.stripped or letter.edited is not None or UNDECODED in headers:
+        return None
+    if properties.get("user_id", user) != user:
+        return None
+    few = {key: headers[key] for key in CHANGED if key in headers}
+    new, changes = revive(few, letter, replay=replay)
+    if changes:
+        return None
+    content = spliced(raw.content, _DROPPED, {HEADER: new[HEADER]})
+    return None if content is None else (content, changes)
 
 
 def revived(letter: DeadLetter, user: str | None, replay: str | None = None) -> tuple[amqp.Message, list[str]]:

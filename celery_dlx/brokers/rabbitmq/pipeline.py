@@ -12,7 +12,7 @@ import amqp
 from amqp import spec
 from kombu.transport.pyamqp import Channel
 
-from celery_dlx.brokers.rabbitmq.framing import publish_frames
+from celery_dlx.brokers.rabbitmq.framing import content_frames, publish_frames
 from celery_dlx.brokers.rabbitmq.returns import RETURNS
 from celery_dlx.letters import HEADER
 
@@ -93,7 +93,17 @@ class ConfirmPipeline:
             HeadersTooLargeError: its headers and properties do not fit one frame.
             Exception: whatever the message's headers make the encoder raise. Nothing of it is written then.
         """
-        self._data += publish_frames(self._channel.channel_id, message, exchange, routing_key, self._connection.frame_max)
+        self._add(
+            token, publish_frames(self._channel.channel_id, message, exchange, routing_key, self._connection.frame_max)
+        )
+
+    def publish_bytes(self, token: Any, properties: bytes, body: bytes, exchange: str, routing_key: str) -> None:
+        """As `publish`, of properties that are encoded already."""
+        channel_id, frame_max = self._channel.channel_id, self._connection.frame_max
+        self._add(token, content_frames(channel_id, properties, body, exchange, routing_key, frame_max))
+
+    def _add(self, token: Any, frames: bytes) -> None:
+        self._data += frames
         self._sequence += 1
         self._waiting[self._sequence] = token
 

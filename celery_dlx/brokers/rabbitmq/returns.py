@@ -34,7 +34,7 @@ def count_of(headers: Mapping[str, Any]) -> int:
 def route_of(headers: Mapping[str, Any]) -> tuple[str, str] | None:
     """Exchange and routing key that a message was sent with first; ``None`` if it is no copy."""
     found = headers.get(RETURNS)
-    if not isinstance(found, Mapping):
+    if found is None or not isinstance(found, Mapping):
         return None
     return str(found.get("exchange") or ""), str(found.get("routing_key") or "")
 

@@ -18,8 +18,9 @@ from amqp.exceptions import ChannelError, NotFound
 from celery_dlx.brokers.base import Match, QueueStats, Replayed, Run
 from celery_dlx.brokers.rabbitmq.browse import letters_in, set_aside
 from celery_dlx.brokers.rabbitmq.declare import Declarer, SideChannel
+from celery_dlx.brokers.rabbitmq.deliveries import deliveries_of
 from celery_dlx.brokers.rabbitmq.inspect import arguments_over_amqp, by_management
-from celery_dlx.brokers.rabbitmq.letters import exported, imported, letter_of, revived
+from celery_dlx.brokers.rabbitmq.letters import exported, imported, letter_of, revived, revived_bytes
 from celery_dlx.brokers.rabbitmq.management import management_of
 from celery_dlx.brokers.rabbitmq.pipeline import REFUSED, RETURNED, STORED, ConfirmPipeline
 from celery_dlx.brokers.rabbitmq.reader import Reader
@@ -176,6 +177,7 @@ class RabbitMQBroker:
             token.outcome = outcome
             done.append(token)
 
+        deliveries_of(publishing.connection)  # confirms are read in large pieces too
         pipeline = ConfirmPipeline(publishing.connection, on_outcome)
         failed: list[_InFlight] = []
         user, taken, window = publishing.userid, 0, min(run.batch or WINDOW, WINDOW)
@@ -189,9 +191,12 @@ class RabbitMQBroker:
             try:
                 if run.edit is not None:
                     run.edit(letter)
-                message, changes = revived(letter, user, run.replay)
                 # Through the default exchange: the original one may fan out to queues that had no part in this death.
-                pipeline.publish(_InFlight(letter, raw, changes, to), message, "", to)
+                if (same := revived_bytes(raw, letter, user, run.replay)) is not None:
+                    pipeline.publish_bytes(_InFlight(letter, raw, same[1], to), same[0], raw.body, "", to)
+                else:
+                    message, changes = revived(letter, user, run.replay)
+                    pipeline.publish(_InFlight(letter, raw, changes, to), message, "", to)
             except ReplayError as exc:
                 failed.append(_InFlight(letter, raw, [], to))
                 failed[-1].outcome = str(exc)
