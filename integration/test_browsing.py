@@ -6,7 +6,7 @@ import pytest
 from celery import Celery
 
 from celery_dlx import DeadLetters
-from celery_dlx.brokers.rabbitmq import browse, reader, spool
+from celery_dlx.brokers.rabbitmq import browse, reader, spool, store
 from celery_dlx.brokers.rabbitmq.letters import at_rest, exported
 from celery_dlx.errors import ReplayError, SpoolError
 from celery_dlx.letters import Death, Original, compose
@@ -93,6 +93,28 @@ def test_more_letters_than_can_be_held_are_said(dead, queue, monkeypatch, caplog
     caplog.clear()
     assert sorted(letter.id for letter in dead.letters(queue)) == sorted(set(ids) - set(gone))
     assert "were not" not in caplog.text
+
+
+def test_looking_does_not_change_their_order(dead, queue, monkeypatch):
+    """RabbitMQ gives out first what was put back, in the order in which it was."""
+    monkeypatch.setattr(reader, "PER_CHANNEL", 5)
+    monkeypatch.setattr(store, "WINDOW", 8)
+    ids = fill(dead, queue, 27)
+
+    def seen(**options):
+        return [letter.id for letter in dead.letters(queue, **options)]
+
+    for _ in range(3):
+        assert seen() == ids
+        assert seen(limit=3) == ids[:3]
+        assert seen(limit=9) == ids[:9]
+        assert seen(limit=3, after=ids[8]) == ids[9:12]
+        assert seen(limit=2, newest=True) == ids[:-3:-1]
+        assert dead.get(ids[2], queue).id == ids[2]
+    assert [letter.id for letter in dead.discard([ids[1], ids[7]], queue)] == [ids[1], ids[7]]
+    assert [each.letter.id for each in dead.replay(queue=queue, limit=2)] == [ids[0], ids[2]]
+    assert seen(limit=4) == [ids[3], ids[4], ids[5], ids[6]]
+    assert seen() == [*ids[3:7], *ids[8:]]
 
 
 def test_letters_that_are_taken_here_and_there(dead, queue):

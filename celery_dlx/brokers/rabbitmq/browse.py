@@ -91,5 +91,6 @@ def _newest(reader: Reader, letter_of: LetterOf, page: Selection, limit: int | N
         spool.add(raw)
         deaths.append(max(min(died_at, 2**63 - 1), -(2**63)))
     spool.flush()
-    order = sorted(range(len(deaths)), key=lambda position: (deaths[position], position), reverse=True)
+    # The later in the queue comes first of those that died at once.
+    order = sorted(range(len(deaths)), key=deaths.__getitem__)[::-1]
     return spool.read(order[:limit])

@@ -50,6 +50,10 @@ class Taken:
         return tag
 
     @property
+    def redelivered(self) -> bool:
+        return self.method[self.method[0] + _TAG_AND_FLAG] & 1 == 1
+
+    @property
     def delivery_info(self) -> dict[str, Any]:
         method = self.method
         at = 1 + method[0] + _TAG_AND_FLAG
@@ -58,7 +62,7 @@ class Taken:
         return {
             "consumer_tag": method[1 : 1 + method[0]].decode("utf-8", "surrogatepass"),
             "delivery_tag": self.delivery_tag,
-            "redelivered": method[at - 1] & 1 == 1,
+            "redelivered": self.redelivered,
             "exchange": exchange.decode("utf-8", "surrogatepass"),
             "routing_key": key.decode("utf-8", "surrogatepass"),
         }

@@ -10,10 +10,11 @@ import logging
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from time import monotonic, sleep
 from typing import Any
 
-from amqp.exceptions import NotFound
+from amqp.exceptions import AMQPError, NotFound
 
 from celery_dlx.brokers.rabbitmq.declare import SideChannel
 from celery_dlx.brokers.rabbitmq.deliveries import Taken, deliveries_of, taken
@@ -76,6 +77,8 @@ class Reader:
         self.seen = 0
         #: Letters that were counted at the start, and not seen.
         self.missed = 0
+        #: Whether the last one was put back before; and whether one more is wanted, to see if that was too.
+        self._redelivered = self._probing = False
         #: More are there than may be held: what lies beyond is not seen.
         self.full = False
         self._buffer: deque[Taken] = deque()
@@ -102,6 +105,7 @@ class Reader:
             self.missed -= 1
             self.seen += 1
             self._open[raw.channel].handed = raw.delivery_tag
+            self._redelivered = raw.redelivered
             yield raw
 
     def _next(self) -> Taken | None:
@@ -109,7 +113,8 @@ class Reader:
             if len(self._open) >= CHANNELS:
                 self._say_full()
                 return None
-            self._consume(self._connection.channel(), PER_CHANNEL)
+            self._consume(self._connection.channel(), 1 if self._probing else PER_CHANNEL)
+            self._probing = False
         deadline = monotonic() + _QUIET
         while not self._buffer and (remaining := deadline - monotonic()) > 0:
             try:
@@ -163,12 +168,32 @@ class Reader:
                 channel.basic_ack(tag)
             channel.queue_declare(self._dlq, passive=True)
 
+    def _keep_order(self) -> None:
+        """See to it that letters come back in their order.
+
+        A quorum queue gives out what was put back before all else, in the order in which it was: so whoever took some of
+        what was put back earlier takes the rest of it along. And what one channel puts back must not go to the next one.
+        """
+        with suppress(AMQPError, OSError):  # whose connection is broken puts everything back anyhow
+            if self._redelivered and self.missed:
+                self._probing = True  # mostly it is all of them: then one more letter tells
+                self.full = True  # nobody is told of what lies beyond
+                for raw in self:
+                    if not raw.redelivered:
+                        break
+            for channel in self._open:
+                if channel.is_open:
+                    for tag in list(channel.callbacks):
+                        channel.basic_cancel(tag)
+
     def close(self) -> bool:
         """Put back what was not acknowledged, and wait a moment until the queue counts it so; whether it does.
 
         Quorum queues settle a little later than they answer: the next look would find letters missing, or still there.
         """
         open_channels = [channel for channel in self._open if channel.is_open]
+        if open_channels:
+            self._keep_order()
         for channel in self._open:
             self._deliveries.close(channel)
         if not self._dlq or not open_channels:
