@@ -39,7 +39,8 @@ RETURN = {
     "rabbitmq": [f"after {CAPTURER}.count_return", f"after {PIPELINE}.write_some", f"before {PIPELINE}._finish"],
     "redis": [f"before {DELIVERIES}.restore", f"after {DELIVERIES}.restore", f"after {DELIVERIES}.counts"],
 }
-_JOURNALED = [f"after {JOURNAL}.write={kind}" for kind in ("start", "select", "selected", "sending", "edited", "state")]
+_JOURNALED = [f"after {JOURNAL}.write={kind}" for kind in ("start", "selected", "sending", "edited", "state")]
+_JOURNALED.append(f"after {JOURNAL}.note=select")
 REPLAY = {
     "rabbitmq": [*_JOURNALED, f"after {PIPELINE}.write", f"before {PIPELINE}._finish", f"before {READER}.acknowledge",
                  f"after {READER}.acknowledge"],

@@ -118,7 +118,7 @@ class Reader:
         deadline = monotonic() + _QUIET
         while not self._buffer and (remaining := deadline - monotonic()) > 0:
             try:
-                self._connection.drain_events(timeout=remaining)
+                self._deliveries.drain(timeout=remaining)
             except TimeoutError:
                 break
         return self._buffer.popleft() if self._buffer else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping
 from struct import Struct
+from struct import error as StructError
 from typing import Any
 
 from celery_dlx.brokers.rabbitmq.framing import encode_table
@@ -20,7 +21,7 @@ def spliced(content: bytes, drop: Container[bytes], add: Mapping[str, Any]) -> b
     """The properties without the headers of some names, and with more at their end; ``None``: they cannot be told apart."""
     try:
         return _spliced(content, drop, encode_table(add)[_SIZE.size :])
-    except (IndexError, ValueError):
+    except (IndexError, ValueError, StructError):
         return None
 
 
