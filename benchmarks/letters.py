@@ -37,6 +37,7 @@ from celery_dlx import DeadLetters
 from celery_dlx.brokers.rabbitmq.letters import at_rest, exported
 from celery_dlx.brokers.rabbitmq.management import Management
 from celery_dlx.brokers.redis.letters import original_of
+from celery_dlx.brokers.redis.store import Capture
 from celery_dlx.errors import DeadLetterError
 from celery_dlx.letters import DeadLetter, Death, Original, compose
 from celery_dlx.policy.settings import Policy
@@ -199,7 +200,7 @@ def fill_redis(dead: DeadLetters, count: int) -> int:
         store.announce(QUEUE)
         for start in range(0, count, BATCH):
             items = [(number, item(number)) for number in range(start, min(start + BATCH, count))]
-            store.capture_items([(letter(number, original_of(raw)), settings, raw) for number, raw in items])
+            store.capture_all([Capture(letter(number, original_of(raw)), settings, item=raw) for number, raw in items])
             stored += sum(len(raw) for _, raw in items)
     return stored
 

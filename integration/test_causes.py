@@ -19,6 +19,7 @@ from workers import Worker
 from celery_dlx import DeadLetters
 from celery_dlx.brokers.redis.letters import original_of
 from celery_dlx.brokers.redis.retention import Retention
+from celery_dlx.brokers.redis.store import Capture
 from celery_dlx.errors import ReplayError
 from celery_dlx.groups import Group, group
 from celery_dlx.letters import DeadLetter, Death, compose
@@ -57,7 +58,7 @@ def letter_of(queue: str, cause: int, message: str = "boom") -> DeadLetter:
 
 def store(dead: DeadLetters, queue: str, causes: list[int], settings=BUILT_IN) -> list[DeadLetter]:
     letters = [letter_of(queue, cause) for cause in causes]
-    dead.broker._store.capture_items([(letter, settings, letter.original.raw) for letter in letters])
+    dead.broker._store.capture_all([Capture(letter, settings, item=letter.original.raw) for letter in letters])
     return letters
 
 
@@ -78,7 +79,7 @@ def test_causes_follow_every_move(dead, queue, client):
         elif move == "again" and letters:  # the same death a second time, told otherwise
             twin = dead.get(letters[0].id, queue)
             twin.fingerprint += "b"
-            dead.broker._store.capture(twin, BUILT_IN, item=twin.original.raw)
+            dead.broker._store.capture(Capture(twin, BUILT_IN, item=twin.original.raw))
         elif move == "replay":
             assert {each.letter.id for each in dead.replay(some, queue)} == set(some)
         elif move == "discard":
@@ -157,7 +158,7 @@ def test_a_letter_whose_id_is_empty_ends_no_search(dead, queue, client):
 def test_large_records_are_looked_into_a_few_at_a_time(dead, queue, client):
     letters = [letter_of(queue, 0, "boom" + "x" * 16_000) for _ in range(300)]
     letters[299].worker = "other@host"
-    dead.broker._store.capture_items([(letter, BUILT_IN, letter.original.raw) for letter in letters])
+    dead.broker._store.capture_all([Capture(letter, BUILT_IN, item=letter.original.raw) for letter in letters])
     client.config_resetstat()
     assert [letter.id for letter in dead.letters(queue, worker="other@host")] == [letters[299].id]
     assert client.info("commandstats")["cmdstat_evalsha"]["calls"] >= 3, "a script looks at two megabytes at most"
@@ -167,7 +168,7 @@ def test_large_messages_are_moved_a_few_at_a_time(dead, queue, client):
     letters = [letter_of(queue, 0) for _ in range(7)]
     for letter in letters:
         letter.original.raw = letter.original.raw.replace(b"[[], {}, {}]", b"x" * 400_000)
-    dead.broker._store.capture_items([(letter, BUILT_IN, letter.original.raw) for letter in letters])
+    dead.broker._store.capture_all([Capture(letter, BUILT_IN, item=letter.original.raw) for letter in letters])
     client.config_resetstat()
     assert [each.letter.id for each in dead.replay(queue=queue)] == [letter.id for letter in letters]
     assert client.info("commandstats")["cmdstat_evalsha"]["calls"] >= 4, "a script moves a megabyte at most"
@@ -250,7 +251,7 @@ def test_an_edit_that_does_not_fit_one_letter_holds_up_no_other(dead, queue, tmp
     edit = json.dumps([{"op": "test", "path": "/args", "value": []}, {"op": "add", "path": "/args/0", "value": 1}])
     odd = letter_of(queue, 1)
     odd.original.raw = odd.original.raw.replace(b"[[], {}, {}]", b"[[7], {}, {}]")
-    dead.broker._store.capture_items([(odd, BUILT_IN, odd.original.raw)])
+    dead.broker._store.capture_all([Capture(odd, BUILT_IN, item=odd.original.raw)])
     letters += store(dead, queue, [0] * 5)
     engine, locks = dead.start_replay(queue=queue, options=Options(edit=edit, wait=0))
     moved = [replayed.letter.id for replayed in engine.run()]

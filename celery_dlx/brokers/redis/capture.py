@@ -16,7 +16,7 @@ import redis
 from celery_dlx.brokers.acks import collect
 from celery_dlx.brokers.base import Delivery
 from celery_dlx.brokers.redis.letters import with_body
-from celery_dlx.brokers.redis.store import LetterStore
+from celery_dlx.brokers.redis.store import Capture, LetterStore
 from celery_dlx.letters import DeadLetter, Death, Original, Reason, bare_letter, compose, safe_text, type_name
 from celery_dlx.policy.settings import Policy
 from celery_dlx.redaction import for_storage
@@ -154,17 +154,16 @@ class RedisCapturer:
         while self._pending:
             batch = list(islice(self._pending, _BATCH))
             known = [
-                (letter, settings, item)
+                Capture(letter, settings, item=item)
                 for letter, item, _ in batch
                 if (settings := self._policy.settings(letter.queue)) is not None
             ]
             try:
                 store = self._letter_store()
                 if len(known) == 1:
-                    letter, settings, item = known[0]
-                    store.capture(letter, settings, item=item)
+                    store.capture(known[0])
                 elif known:
-                    store.capture_items(known)
+                    store.capture_all(known)
             except (redis.exceptions.RedisError, OSError) as exc:
                 logger.error("%d dead letters wait to be stored: %s", len(self._pending), exc)
                 if not isinstance(exc, redis.exceptions.ResponseError):

@@ -14,6 +14,7 @@ import redis
 from celery_dlx.brokers.redis.deliveries import marks_key, own_tag_of
 from celery_dlx.brokers.redis.letters import original_of, with_body
 from celery_dlx.brokers.redis.scripts import load
+from celery_dlx.brokers.redis.store import Capture, item_of
 from celery_dlx.letters import Death, Reason, compose
 from celery_dlx.policy.settings import Policy, QueueSettings
 from celery_dlx.redaction import for_storage
@@ -104,10 +105,11 @@ class Limits:
         try:
             items = take(first)
             letters = [
-                (self._letter(queue, item, settings, reason), settings, qos.entry(tag), own_tag_of(item))
+                Capture(letter, settings, qos.entry(tag), own_tag_of(item), item_of(letter))
                 for item, tag in zip(items, tags, strict=False)
+                for letter in [self._letter(queue, item, settings, reason)]
             ]
-            channel.dlx_store.capture_deliveries(letters)
+            channel.dlx_store.capture_all(letters)
         except Exception:
             channel.dlx_claims.orphaned(tags, delivered=False)
             raise

@@ -18,7 +18,7 @@ from kombu.utils.json import loads
 from celery_dlx.brokers.base import Delivery
 from celery_dlx.brokers.redis.deliveries import Return, lost_master, own_tag_text
 from celery_dlx.brokers.redis.letters import original_of
-from celery_dlx.brokers.redis.store import item_of
+from celery_dlx.brokers.redis.store import Capture, item_of
 from celery_dlx.letters import DeadLetter
 from celery_dlx.policy.settings import BUILT_IN
 
@@ -177,7 +177,7 @@ class QoS(stock.QoS):  # type: ignore[misc]
         own_tag = delivery.own_tag if delivery.redelivered else ""
         try:
             stored = self.channel.dlx_store.capture(
-                letter, delivery.settings, delivery=self.entry(tag), own_tag=own_tag, item=item_of(letter)
+                Capture(letter, delivery.settings, self.entry(tag), own_tag, item_of(letter))
             )
         except redis.exceptions.ReadOnlyError:
             raise

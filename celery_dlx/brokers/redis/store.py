@@ -37,6 +37,19 @@ def is_full(exc: BaseException) -> bool:
 Move = tuple[str, float, str, bytes]
 
 
+class Capture(NamedTuple):
+    """A letter to store: by moving a delivery (its unacked key, index key and tag), or with its item given.
+
+    ``own_tag``: what the delivery's counts go by, which are forgotten; ``item``: also in place of what the delivery holds.
+    """
+
+    letter: DeadLetter
+    settings: QueueSettings
+    delivery: tuple[str, str, str] | None = None
+    own_tag: str = ""
+    item: bytes = b""
+
+
 class Trimmed(NamedTuple):
     """How many letters went by a step, how many there are and of how many bytes, and how many the caps cost ever."""
 
@@ -74,69 +87,42 @@ class LetterStore:
 
     # -- letters
 
-    def _call(
-        self,
-        letter: DeadLetter,
-        settings: QueueSettings,
-        *,
-        delivery: tuple[str, str, str] | None = None,
-        own_tag: str = "",
-        item: bytes = b"",
-        force: str = "",
-        client: Any = None,
-    ) -> Any:
-        unacked, index, tag = delivery or ("", "", "")
+    def _call(self, given: Capture, force: str = "", client: Any = None) -> Any:
+        letter, settings = given.letter, given.settings
+        unacked, index, tag = given.delivery or ("", "", "")
         deliveries = deliveries_key(self.prefix, letter.queue)
         keys = [*self.keys(letter.queue), self.prefix + unacked, self.prefix + index, deliveries]
-        args = [letter.id, to_json(letter), letter.reason, *_caps(settings), force, tag, own_tag, item]
+        args = [letter.id, to_json(letter), letter.reason, *_caps(settings), force, tag, given.own_tag, given.item]
         return self._scripts["capture"](keys=keys, args=args, client=client)
 
-    def capture(
-        self,
-        letter: DeadLetter,
-        settings: QueueSettings,
-        *,
-        delivery: tuple[str, str, str] | None = None,
-        own_tag: str = "",
-        item: bytes = b"",
-    ) -> bool:
-        """Store a letter: by moving a delivery (its unacked key, index key and tag), or with its item given.
+    def capture(self, given: Capture) -> bool:
+        """Store a letter. A full server gets a slim record by force: the payload is in its memory already, or has no
+        other copy.
 
-        A full server gets a slim record by force: the payload is in its memory already, or has no other copy.
         Returns False if the delivery is not there any more.
         """
         try:
-            return bool(self._call(letter, settings, delivery=delivery, own_tag=own_tag, item=item))
+            return bool(self._call(given))
         except redis.exceptions.ResponseError as exc:
             if not is_full(exc):
                 raise
+        letter = given.letter
         if letter.exception:
             letter.exception = {key: clip(value, _SLIM_TRACEBACK, keep="tail") for key, value in letter.exception.items()}
-        return bool(self._call(letter, settings, delivery=delivery, own_tag=own_tag, item=item, force="1"))
+        return bool(self._call(given, force="1"))
 
-    def capture_items(self, letters: Sequence[tuple[DeadLetter, QueueSettings, bytes]]) -> None:
-        """Store letters whose items are given, in one round trip; each by a script of its own, as `capture` does.
+    def capture_all(self, letters: Sequence[Capture]) -> None:
+        """Store letters in one round trip; each by a script of its own, as `capture` does.
 
         Raises:
             redis.exceptions.RedisError: at least the first was not stored. All may be tried again: the ids are the same.
         """
         pipe = self.client.pipeline(transaction=False)
-        for letter, settings, item in letters:
-            self._call(letter, settings, item=item, client=pipe)
-        answers = pipe.execute(raise_on_error=False)
-        for (letter, settings, item), answer in zip(letters, answers, strict=True):
+        for given in letters:
+            self._call(given, client=pipe)
+        for given, answer in zip(letters, pipe.execute(raise_on_error=False), strict=True):
             if isinstance(answer, Exception):
-                self.capture(letter, settings, item=item)  # by itself: it may have to be forced
-
-    def capture_deliveries(self, letters: Sequence[tuple[DeadLetter, QueueSettings, tuple[str, str, str], str]]) -> None:
-        """Store letters by moving their deliveries (unacked key, index key and tag; own tag), in one round trip."""
-        pipe = self.client.pipeline(transaction=False)
-        for letter, settings, delivery, own_tag in letters:
-            self._call(letter, settings, delivery=delivery, own_tag=own_tag, item=item_of(letter), client=pipe)
-        for (letter, settings, delivery, own_tag), answer in zip(letters, pipe.execute(raise_on_error=False), strict=True):
-            if isinstance(answer, Exception):
-                # by itself: it may have to be forced
-                self.capture(letter, settings, delivery=delivery, own_tag=own_tag, item=item_of(letter))
+                self.capture(given)  # by itself: it may have to be forced
 
     def trim(self, queue: str, settings: QueueSettings) -> Trimmed:
         """Keep a DLQ within its caps, by a bounded step."""

@@ -23,7 +23,7 @@ from celery_dlx.brokers.redis.deliveries import Deliveries
 from celery_dlx.brokers.redis.letters import parse_item
 from celery_dlx.brokers.redis.qos import TAG, Inbound, QoS
 from celery_dlx.brokers.redis.sentinel import SentinelConnection, SentinelSSLConnection
-from celery_dlx.brokers.redis.store import LetterStore
+from celery_dlx.brokers.redis.store import Capture, LetterStore
 from celery_dlx.brokers.redis.waiting import Poller
 from celery_dlx.letters import DeadLetter
 from celery_dlx.policy.settings import Policy, QueueSettings
@@ -143,7 +143,7 @@ class ChannelMixin:
             if letter is None:
                 qos.drop(tag, inbound.queue)
             else:
-                self.dlx_store.capture(letter, settings, delivery=qos.entry(tag))
+                self.dlx_store.capture(Capture(letter, settings, qos.entry(tag)))
         except redis.exceptions.ResponseError as refusal:
             logger.critical("Redis does not store letter of queue %r, it comes again: %s", inbound.queue, refusal)
 
