@@ -89,12 +89,13 @@ class Deliveries:
 
     def __init__(self, connection: Any) -> None:
         self._connection = connection
-        self._handle = connection.on_inbound_frame
+        self._handle, self._drain = connection.on_inbound_frame, connection.drain_events
         #: By channel id: the channel, and what is called with its deliveries; ``None``: they are not wanted any more.
         self._channels: dict[int, tuple[Any, Callable[[Taken], object] | None]] = {}
         #: By channel id: arguments, properties, body so far and bytes of it that are still to come.
         self._partial: dict[int, list[Any]] = {}
-        connection.on_inbound_frame = self
+        # Of this connection alone, which is a tool's. Its channels wait for answers by `drain_events`, amid deliveries.
+        connection.on_inbound_frame, connection.drain_events = self, self.drain
 
     def take(self, channel: Any, callback: Callable[[Taken], object]) -> None:
         """Call back with what is delivered to a channel."""
@@ -138,14 +139,14 @@ class Deliveries:
         return True
 
     def drain(self, timeout: float | None = None) -> None:
-        """Handle all that has arrived, waiting at most ``timeout`` seconds for the first; as `drain_events`.
+        """Handle all that has arrived, waiting at most ``timeout`` seconds for the first; in place of `drain_events`.
 
         Raises:
             TimeoutError: nothing came.
         """
         transport = self._connection.transport
         if not isinstance(getattr(transport, "_read_buffer", None), bytes):
-            self._connection.drain_events(timeout=timeout)  # a py-amqp that keeps what it has read elsewhere
+            self._drain(timeout=timeout)  # a py-amqp that keeps what it has read elsewhere
             return
         while not self._frames(transport):
             with transport.having_timeout(timeout):

@@ -54,16 +54,8 @@ class ConfirmPipeline:
     writes whole batches and reads confirms when there are some.
     """
 
-    def __init__(
-        self,
-        connection: Any,
-        on_outcome: Callable[[Any, str], None],
-        *,
-        notes: bool = False,
-        drain: Callable[..., object] | None = None,
-    ) -> None:
-        """``connection`` is an open `amqp.Connection`; ``notes``: `tell` will be used; ``drain``: reads it, if not by
-        its own `drain_events`."""
+    def __init__(self, connection: Any, on_outcome: Callable[[Any, str], None], *, notes: bool = False) -> None:
+        """``connection`` is an open `amqp.Connection`; ``notes``: `tell` will be used."""
         self._notes: NoteChannel | None = None
         if notes:
             self._notes = NoteChannel(connection)
@@ -72,7 +64,6 @@ class ConfirmPipeline:
         channel.open()
         self._channel = channel
         self._connection = connection
-        self._drain = drain or connection.drain_events
         self._on_outcome = on_outcome
         self._data = bytearray()
         self._sequence = 0
@@ -148,11 +139,11 @@ class ConfirmPipeline:
     def read_some(self, *, once: bool = False) -> None:
         """Take what has arrived, without waiting; ``once``: the next frame only, for a caller that is told of more."""
         try:
-            self._drain(timeout=0)
+            self._connection.drain_events(timeout=0)
             # What TLS has decrypted already does not make the socket readable again.
             pending = getattr(self._connection.sock, "pending", lambda: 0)
             while not once or pending():
-                self._drain(timeout=0)
+                self._connection.drain_events(timeout=0)
         except (TimeoutError, BlockingIOError, ssl.SSLWantReadError):
             pass
 
@@ -160,9 +151,9 @@ class ConfirmPipeline:
         """Take the confirms that have arrived, waiting at most ``timeout`` seconds for the first."""
         self.write()
         try:
-            self._drain(timeout=timeout)
+            self._connection.drain_events(timeout=timeout)
             while True:
-                self._drain(timeout=0)
+                self._connection.drain_events(timeout=0)
         except (TimeoutError, BlockingIOError):
             pass
 

@@ -177,8 +177,8 @@ class RabbitMQBroker:
             token.outcome = outcome
             done.append(token)
 
-        # Confirms are read in large pieces too.
-        pipeline = ConfirmPipeline(publishing.connection, on_outcome, drain=deliveries_of(publishing.connection).drain)
+        deliveries_of(publishing.connection)  # confirms are read in large pieces too
+        pipeline = ConfirmPipeline(publishing.connection, on_outcome)
         failed: list[_InFlight] = []
         user, taken, window = publishing.userid, 0, min(run.batch or WINDOW, WINDOW)
         for raw in _again(reader, run):
