@@ -30,7 +30,7 @@ from celery_dlx.selection import Selection, match
 from celery_dlx.signals import dead_letter_replayed
 
 #: Letters in one line of the journal, and between two looks at what workers report.
-_BATCH = 500
+_BATCH = 1_000
 #: Letters that the journal says are being sent before the first of them leaves.
 _AHEAD = 1_000
 #: What a paced replay may make up for, in seconds.
