@@ -347,11 +347,19 @@ def read_broker_death(headers: Mapping[str, Any], original: Original, dlq: str, 
     letter = compose(death, original, dlq)
     if "original-expiration" in newest:
         letter.stripped["expiration"] = str(newest["original-expiration"])
-    if not letter.task_id:  # nothing but the death itself to derive a stable id from
-        digest = blake2b(f"{death.queue}\0{reason}\0{died_at}\0".encode("utf-8", "surrogatepass"), digest_size=16)
-        digest.update(original.body)
-        letter.id = digest.hexdigest()
+    if not letter.task_id:
+        letter.id = stable_id(letter)
     return letter
+
+
+def stable_id(letter: DeadLetter) -> str:
+    """The id of a letter that nobody gave one: the same whenever it is read."""
+    if letter.task_id:
+        return letter_id(letter.queue, letter.original, letter.task_id, letter.retries, letter.replays)
+    # Nothing but the death itself to derive it from.
+    digest = blake2b(f"{letter.queue}\0{letter.reason}\0{letter.died_at}\0".encode("utf-8", "surrogatepass"), digest_size=16)
+    digest.update(letter.original.body)
+    return digest.hexdigest()
 
 
 def clip(text: str, limit: int, *, keep: str = "head") -> str:

@@ -193,6 +193,16 @@ def test_nothing_leaves_for_a_key_that_is_no_list(dead, queue, client):
     client.delete(queue)
 
 
+def test_a_replay_that_fails_half_way_loses_no_message(dead, queue, client):
+    """Somebody wrote into a DLQ's statistics."""
+    ids = [letter.task_id for letter in store(dead, queue, [0, 1, 0])]
+    client.hset(f"dlx:{{{queue}.dlq}}:stats", "bytes", "many")
+    with pytest.raises(redis.exceptions.ResponseError, match="not an integer"):
+        list(dead.replay(queue=queue))
+    assert [json.loads(item)["headers"]["id"] for item in reversed(client.lrange(queue, 0, -1))] == ids
+    client.delete(queue)
+
+
 def test_letters_stored_by_another_hand_are_counted_all_the_same(dead, queue, client):
     store(dead, queue, [0, 0, 1])
     client.zadd(f"dlx:{{{queue}.dlq}}", {"stranger": 1})

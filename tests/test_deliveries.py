@@ -19,12 +19,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_framing import _tables, _text
 
+from celery_dlx.brokers.rabbitmq import store
 from celery_dlx.brokers.rabbitmq.decoding import decode_properties
 from celery_dlx.brokers.rabbitmq.deliveries import Deliveries, Taken, deliveries_of, taken
 from celery_dlx.brokers.rabbitmq.framing import encode_properties
-from celery_dlx.brokers.rabbitmq.letters import exported, imported
+from celery_dlx.brokers.rabbitmq.letters import exported, imported, letter_of
 from celery_dlx.brokers.rabbitmq.reader import _Tags
-from celery_dlx.letters import UNDECODED, DeadLetter, Original
+from celery_dlx.errors import ReplayError
+from celery_dlx.letters import HEADER, UNDECODED, DeadLetter, Original
 from celery_dlx.policy.settings import Policy
 
 _PURGED = struct.pack(">HH", *Queue.PurgeOk)
@@ -281,6 +283,54 @@ def test_an_export_has_the_very_bytes_of_the_properties():
     assert base64.b64decode(line["properties"]) == content
     restored, _ = imported(line, Policy())
     assert (restored.properties, restored.body) == ({"application_headers": {"n": 5}}, b"body")
+
+
+def test_what_cannot_be_decoded_can_be_exported_and_imported():
+    raw = Taken(dumps("sLbss", ("c", 1, False, "", "q.dlq")), b"\x80\x00\x04\xff\xfe\xfd\xfc", b"body")
+    restored, letter = imported(exported(raw, letter_of(raw, "q", "q.dlq"), "q"), Policy())
+    assert (restored.properties, restored.body) == (raw.properties, b"body")
+    assert letter.original.headers == {UNDECODED: raw.content}
+
+
+def test_a_routing_key_that_is_no_text_is_read_all_the_same():
+    method = dumps("sLbs", ("c", 1, False, "events")) + b"\x02\xff\xfe"
+    letter = letter_of(Taken(method, b"\0\0", b"body"), "q", "q.dlq")
+    assert letter.original.routing_key == "\ufffd\ufffd"
+
+
+@pytest.mark.parametrize("headers", [{}, {"task": "t", "id": "t1"}])
+def test_a_record_without_an_id_makes_letters_that_can_be_told_apart(headers):
+    def read(body: bytes) -> str:
+        table = {**headers, HEADER: {"reason": "failure"}}
+        content = encode_properties({"application_headers": table}, amqp.Message.PROPERTIES)
+        return letter_of(Taken(dumps("sLbss", ("c", 1, False, "", "q.dlq")), content, body), "q", "q.dlq").id
+
+    assert read(b"one"), "letters that the broker returns are known by their ids: one without was taken for sent"
+    assert read(b"one") == read(b"one") != read(b"two")
+
+
+def test_a_broker_that_confirms_slowly_is_waited_for_and_a_silent_one_is_not(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(store, "monotonic", lambda: now[0])
+
+    class Pipeline:
+        unconfirmed = 1_000
+
+        def __init__(self, each: int) -> None:
+            self.each = each
+
+        def write(self) -> None:
+            now[0] += 60  # a large message over a thin line
+
+        def read(self, timeout: float) -> None:
+            now[0] += timeout
+            self.unconfirmed -= self.each
+
+    slow = Pipeline(10)
+    store.RabbitMQBroker._await(slow, 500)
+    assert slow.unconfirmed == 500
+    with pytest.raises(ReplayError, match="1000 letters stay"):
+        store.RabbitMQBroker._await(Pipeline(0), 500)
 
 
 @given(st.lists(st.lists(st.integers(1, 60), unique=True), max_size=6))

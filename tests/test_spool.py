@@ -93,6 +93,14 @@ def test_a_full_disk_is_one_line(small, monkeypatch):
     with pytest.raises(SpoolError, match="Permission denied"):
         fill(3)
 
+    def nowhere():
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr(spool.tempfile, "TemporaryFile", lambda buffering: nowhere())
+    monkeypatch.setattr(spool.tempfile, "gettempdir", nowhere)
+    with pytest.raises(SpoolError, match="in any folder: No usable temporary directory"):
+        fill(3)
+
 
 class Letters:
     """A reader of letters that died at these times."""

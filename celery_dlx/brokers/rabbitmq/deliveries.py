@@ -60,11 +60,11 @@ class Taken:
         stop = at + 1 + method[at]
         exchange, key = method[at + 1 : stop], method[stop + 1 :]
         return {
-            "consumer_tag": method[1 : 1 + method[0]].decode("utf-8", "surrogatepass"),
+            "consumer_tag": _name(method[1 : 1 + method[0]]),
             "delivery_tag": self.delivery_tag,
             "redelivered": self.redelivered,
-            "exchange": exchange.decode("utf-8", "surrogatepass"),
-            "routing_key": key.decode("utf-8", "surrogatepass"),
+            "exchange": _name(exchange),
+            "routing_key": _name(key),
         }
 
     @property
@@ -72,6 +72,13 @@ class Taken:
         if self._properties is None:
             self._properties = decode_properties(self.content)
         return self._properties
+
+
+def _name(data: bytes) -> str:
+    try:
+        return data.decode("utf-8", "surrogatepass")  # as py-amqp does
+    except UnicodeDecodeError:  # for the eye only: letters go back by the names of queues
+        return data.decode("utf-8", "replace")
 
 
 def taken(message: amqp.Message) -> Taken:

@@ -14,7 +14,7 @@ from celery_dlx.brokers.rabbitmq.framing import encode_properties, encode_table
 from celery_dlx.brokers.rabbitmq.returns import BROKER_COUNTERS, RETURNS, route_of
 from celery_dlx.brokers.rabbitmq.splicing import spliced
 from celery_dlx.errors import UsageError
-from celery_dlx.letters import HEADER, UNDECODED, DeadLetter, Original, clip, read_broker_death, read_record
+from celery_dlx.letters import HEADER, UNDECODED, DeadLetter, Original, clip, read_broker_death, read_record, stable_id
 from celery_dlx.policy.settings import Policy
 from celery_dlx.replaying import BROKER_HEADERS, CHANGED, revive, revive_expiration, revive_headers
 
@@ -129,6 +129,8 @@ def letter_of(raw: amqp.Message | Taken, queue: str, dlq: str) -> DeadLetter:
         original.routing_key = str(record.get("routing_key") or "")
         letter = read_record(record, original, dlq)
         letter.queue = letter.queue or queue
+        # By its id a replay knows a letter that the broker returns: anybody may have written a record without one.
+        letter.id = letter.id or stable_id(letter)
         return letter
     letter = read_broker_death(original.headers, original, dlq, queue)
     route = route_of(raw.properties.get("application_headers") or {})
@@ -139,9 +141,9 @@ def letter_of(raw: amqp.Message | Taken, queue: str, dlq: str) -> DeadLetter:
 
 def exported(raw: amqp.Message | Taken, letter: DeadLetter, queue: str) -> dict[str, Any]:
     """A letter as JSON: headers and properties as AMQP encodes them, for JSON has not all their types."""
-    if isinstance(raw, Taken):
+    if isinstance(raw, Taken) and UNDECODED not in letter.original.headers:
         content = raw.content
-    else:
+    else:  # what cannot be decoded could not be imported, but for the header that it stands in
         properties = {key: value for key, value in raw.properties.items() if key != "delivery_info"}
         content = encode_properties(properties, amqp.Message.PROPERTIES)
     body = raw.body.encode("utf-8", "surrogateescape") if isinstance(raw.body, str) else bytes(raw.body or b"")

@@ -103,7 +103,11 @@ class Spool:
 
 
 def _explained(exc: OSError) -> SpoolError:
+    try:
+        folder = tempfile.gettempdir()
+    except OSError:  # none can be written to
+        folder = "any folder"
     return SpoolError(
-        f"letters cannot be set aside in {tempfile.gettempdir()}: {exc.strerror or exc}; free some space, name another "
+        f"letters cannot be set aside in {folder}: {exc.strerror or exc}; free some space, name another "
         "folder in TMPDIR, or look at fewer (--limit). All letters are where they were"
     )

@@ -226,9 +226,11 @@ class RabbitMQBroker:
 
     @staticmethod
     def _await(pipeline: ConfirmPipeline, at_most: int) -> None:
-        deadline = monotonic() + _CONFIRM_TIMEOUT
         pipeline.write()
+        unconfirmed, deadline = pipeline.unconfirmed, monotonic() + _CONFIRM_TIMEOUT
         while pipeline.unconfirmed > at_most:
+            if pipeline.unconfirmed < unconfirmed:  # a slow broker is none that is silent
+                unconfirmed, deadline = pipeline.unconfirmed, monotonic() + _CONFIRM_TIMEOUT
             if monotonic() > deadline:
                 raise ReplayError(
                     f"no confirm for {_CONFIRM_TIMEOUT:.0f}s: {pipeline.unconfirmed} letters stay in their DLQ and may "

@@ -2,7 +2,7 @@
 -- ARGV: per letter its score as read, index of its list (from 1), bytes of its id and of the message to push, all after
 --       blanks; then all these ids and messages, one after the other
 -- A letter that someone else replayed, discarded or captured anew since it was read is left alone.
--- Returns the ids that did not move. Removing comes first: after it a full server refuses nothing, and this makes room.
+-- Returns the ids that did not move. Removing comes first: after it a full server refuses nothing.
 -- include causes
 local moved, stayed, chosen, items = {}, {}, {}, {}
 for list = 5, #KEYS do
@@ -31,10 +31,11 @@ for read, list, id_bytes, bytes in string.gmatch(ARGV[1], '(%S+) (%d+) (%d+) (%d
 end
 if #moved > 0 then
   redis.call('ZREM', KEYS[1], unpack(moved))
-  drop(moved, redis.call('HMGET', KEYS[3], unpack(moved)))
+  -- Then at once into the lists: what fails after that (somebody wrote into our keys) costs a letter's rest, no message.
   for list = 5, #KEYS do
     if #items[list] > 0 then redis.call('LPUSH', KEYS[list], unpack(items[list])) end
   end
+  drop(moved, redis.call('HMGET', KEYS[3], unpack(moved)))
   redis.call('HINCRBY', KEYS[4], 'replayed', #moved)
 end
 return stayed
