@@ -6,6 +6,7 @@ import json
 import logging
 import random
 from dataclasses import replace
+from time import time
 from types import SimpleNamespace
 from uuid import uuid4
 
@@ -153,6 +154,14 @@ def test_a_letter_whose_id_is_empty_ends_no_search(dead, queue, client):
     client.hset(f"{name}:records", "", client.hget(f"{name}:records", ids[0]))
     assert [letter.id for letter in dead.letters(queue, worker="w0@host")] == ["", *ids]
     assert [letter.id for letter in dead.letters(queue, worker="w0@host", newest=True)] == [*ids[::-1], ""]
+
+
+def test_a_letter_that_is_stored_by_force_takes_the_place_of_no_other(dead, queue):
+    """A full server refuses what comes first."""
+    (letter,) = store(dead, queue, [0])
+    dead.broker._store.restore_letter(queue, "", repr(time() * 1000 - 1000), b"{}", letter.original.raw)
+    dead.broker._store._call(Capture(letter, BUILT_IN, item=letter.original.raw), "1")
+    assert [each.id for each in dead.letters(queue)] == ["", letter.id]
 
 
 def test_large_records_are_looked_into_a_few_at_a_time(dead, queue, client):

@@ -18,7 +18,7 @@ if ARGV[8] ~= '' then
 end
 -- A full server refuses the first write that needs memory, and with it the whole script; after any other write it
 -- refuses nothing (https://redis.io/docs/latest/commands/eval/). Forced, such a write comes first.
-if ARGV[7] == '1' then redis.call('ZREM', KEYS[1], '') end
+if ARGV[7] == '1' then redis.call('HDEL', KEYS[4], '') end
 local before = redis.call('HGET', KEYS[3], ARGV[1])
 if before then leave(ARGV[1], before) end
 local bytes = #payload - redis.call('HSTRLEN', KEYS[2], ARGV[1])
