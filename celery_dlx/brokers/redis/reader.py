@@ -12,6 +12,8 @@ from celery_dlx.brokers.redis.scripts import load
 
 #: Letters read at once; fewer at first, for most readers want no more.
 _PAGE, _FIRST_PAGE = 500, 100
+#: Bytes of messages read at once, about; unless one message has more.
+_BYTES = 8_000_000
 #: Ids read at once.
 _MOST_IDS = 1_000
 
@@ -81,6 +83,8 @@ class LetterReader:
         self.client = client
         self.keys = keys
         self._scan = load(client, "scan")
+        #: Messages read at once: the next are taken to be as large as the last.
+        self._lot = _FIRST_PAGE
 
     def pages(
         self, queue: str, span: Span, *, bodies: bool, causes: Sequence[str] | None = None, words: Sequence[str] = ()
@@ -167,16 +171,20 @@ class LetterReader:
     def some(self, queue: str, members: Sequence[tuple[bytes, float]], *, bodies: bool) -> Iterator[Found]:
         """Records and (if asked for) payloads of letters whose ids and scores are known."""
         _, payloads, records, _ = self.keys(queue)
-        if not members:
-            return
-        ids = [member for member, _ in members]
-        pipe = self.client.pipeline(transaction=False)
-        pipe.hmget(records, ids)
-        if bodies:
-            pipe.hmget(payloads, ids)
-        answers = pipe.execute()
-        for position, (member, score) in enumerate(members):
-            yield Found(text_of(member), score, answers[0][position], answers[1][position] if bodies else None)
+        done = 0
+        while lot := members[done : done + self._lot] if bodies else members[done:]:
+            done += len(lot)
+            ids = [member for member, _ in lot]
+            pipe = self.client.pipeline(transaction=False)
+            pipe.hmget(records, ids)
+            if bodies:
+                pipe.hmget(payloads, ids)
+            answers = pipe.execute()
+            if bodies:
+                size = sum(len(item or b"") for item in answers[1])
+                self._lot = min(max(_BYTES * len(lot) // max(size, 1), 1), _PAGE)
+            for position, (member, score) in enumerate(lot):
+                yield Found(text_of(member), score, answers[0][position], answers[1][position] if bodies else None)
 
     def scores(self, queue: str, ids: Sequence[str]) -> list[tuple[bytes, float]]:
         """Those of the ids that are there, and when they died."""
