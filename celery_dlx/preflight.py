@@ -53,7 +53,7 @@ class Findings:
         self.kinds: dict[str, Finding] = {}
         #: Letters that will surely die again.
         self.sure = 0
-        self._last = ""
+        self._last: str | None = None
 
     def add(self, doubt: Doubt) -> None:
         """Doubts about the same letter come one after the other."""

@@ -24,3 +24,10 @@ def test_findings_of_a_million_letters_take_no_more_memory():
     for number in range(3 * _MOST_KINDS):
         findings.add(Doubt(f"id{number}", "q", f"it waits for {number}", number % 2 == 0))
     assert len(findings.kinds) == _MOST_KINDS and findings.sure == 3 * _MOST_KINDS // 2
+
+
+def test_a_letter_with_an_empty_id_counts_as_any_other():
+    findings = Findings()
+    for _ in range(2):
+        findings.add(Doubt("", "q", "not registered", True))
+    assert findings.sure == 1
