@@ -186,6 +186,22 @@ class Reader:
                     for tag in list(channel.callbacks):
                         channel.basic_cancel(tag)
 
+    def _put_back(self, side: SideChannel) -> None:
+        """Close the channels, each when the queue has counted what the one before put back.
+
+        The queue hears of each by itself, and under load not in the order in which they were closed.
+        """
+        channels = list(self._open)
+        for channel in channels:
+            before = side.live_queue(self._dlq) if channel is not channels[-1] and self._open[channel].open else None
+            self._deliveries.close(channel)
+            deadline = monotonic() + _SETTLE
+            while before is not None and monotonic() < deadline:
+                live = side.live_queue(self._dlq)
+                if live is None or live.message_count > before.message_count:
+                    break
+                sleep(0.002)
+
     def close(self) -> bool:
         """Put back what was not acknowledged, and wait a moment until the queue counts it so; whether it does.
 
@@ -194,13 +210,14 @@ class Reader:
         open_channels = [channel for channel in self._open if channel.is_open]
         if open_channels:
             self._keep_order()
-        for channel in self._open:
-            self._deliveries.close(channel)
         if not self._dlq or not open_channels:
+            for channel in self._open:
+                self._deliveries.close(channel)
             return True
-        expected = self.depth - self._settled
-        last, changed, begun = -1, monotonic(), monotonic()
         with SideChannel(self._connection) as side:
+            self._put_back(side)
+            expected = self.depth - self._settled
+            last, changed, begun = -1, monotonic(), monotonic()
             while live := side.live_queue(self._dlq):
                 count, now = live.message_count, monotonic()
                 if count == expected:
