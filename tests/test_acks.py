@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter, OrderedDict
 from types import SimpleNamespace
 
 import pytest
 
 from celery_dlx.brokers.acks import collect
-from celery_dlx.brokers.rabbitmq.pipeline import return_key
+from celery_dlx.brokers.rabbitmq.pipeline import RETURNED, STORED, ConfirmPipeline, return_key
 from celery_dlx.brokers.rabbitmq.returns import RETURNS, copy_of, count_of, route_of
 from celery_dlx.letters import Original
 from celery_dlx.worker.acks import Acks
@@ -128,6 +129,20 @@ def test_anybody_can_send_such_a_header(found):
 def test_a_returned_message_with_a_forged_header_is_told_apart(forged):
     headers = {RETURNS: forged, "x-celery-dlx": {"id": "letter"}}
     assert return_key(SimpleNamespace(properties={"application_headers": headers})) == "letter"
+
+
+def test_each_of_two_returned_messages_with_one_key_is_a_returned_one():
+    """Anybody can make two letters with one id; one acknowledgement may then confirm both."""
+    outcomes: list[str] = []
+    pipeline = object.__new__(ConfirmPipeline)
+    pipeline._on_outcome = lambda token, outcome: outcomes.append(outcome)
+    pipeline._waiting = OrderedDict(enumerate([SimpleNamespace(key=key) for key in ("twin", "twin", "other")], 1))
+    pipeline._returned = Counter()
+    message = SimpleNamespace(properties={"application_headers": {"x-celery-dlx": {"last": "twin"}}})
+    for _ in range(2):
+        pipeline._on_return(Exception(), "", "gone", message)
+    pipeline._on_ack(3, multiple=True)
+    assert outcomes == [RETURNED, RETURNED, STORED] and not pipeline._returned and not pipeline._waiting
 
 
 def test_what_the_broker_would_refuse_or_send_elsewhere_is_not_copied():

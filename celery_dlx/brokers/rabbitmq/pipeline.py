@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import ssl
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -68,7 +68,8 @@ class ConfirmPipeline:
         self._data = bytearray()
         self._sequence = 0
         self._waiting: OrderedDict[int, Any] = OrderedDict()
-        self._returned: set[str] = set()
+        #: Keys of returned messages: several in flight may share one.
+        self._returned: Counter[str] = Counter()
         channel.confirm_select()
         channel.events["basic_ack"].add(self._on_ack)
         channel.events["basic_nack"].add(self._on_nack)
@@ -171,9 +172,11 @@ class ConfirmPipeline:
         token = self._waiting.pop(tag, None)
         if token is None:
             return
-        if outcome == STORED and self._returned and token.key in self._returned:
-            self._returned.discard(token.key)
+        if outcome == STORED and self._returned and self._returned[token.key] > 0:
+            self._returned[token.key] -= 1
             outcome = RETURNED
+            if not self._returned[token.key]:
+                del self._returned[token.key]
         self._on_outcome(token, outcome)
 
     def _on_ack(self, delivery_tag: int, multiple: bool) -> None:
@@ -187,7 +190,7 @@ class ConfirmPipeline:
         # (https://www.rabbitmq.com/docs/confirms#when-publishes-are-confirmed).
         key = return_key(message)
         if key:
-            self._returned.add(key)
+            self._returned[key] += 1
 
 
 def return_key(message: Any) -> str:
