@@ -68,6 +68,7 @@ def test_what_was_only_prefetched_runs_once(rabbitmq, queue, policy, channel):
     with Worker(rabbitmq.url, [queue], policy=policy, arguments=("-c", "2", "--prefetch-multiplier", "4")) as worker:
         wait_for(lambda: sorted(worker.ran()) == [*(f"ok {n}" for n in range(3)), "sleeps"], worker.ran)
         assert worker.letters(queue) == []
+        worker.kill()  # a warm shutdown would wait for the task
 
 
 @pytest.fixture
@@ -89,6 +90,7 @@ def test_without_the_permission_messages_are_used_as_they_are(rabbitmq, queue, p
         assert "what comes back to classic queues is not counted" in worker.output
         Sender(rabbitmq.url).task(queue, "matrix_app.fail", ["and letters are stored"])
         worker.wait_letters(queue, 1)
+        worker.kill()  # a warm shutdown would wait for the task
 
 
 def test_copies_name_their_first_exchange(rabbitmq, queue, channel):
