@@ -14,6 +14,18 @@ import servers
 from certificates import make
 
 
+@pytest.fixture
+def watched():
+    """A Redis master, its replica and their Sentinel."""
+    from watched import Watched
+
+    found = Watched()
+    try:
+        yield found.start()
+    finally:
+        found.stop()
+
+
 @pytest.fixture(scope="session")
 def rabbitmq():
     broker = servers.start_broker("rabbitmq")

@@ -11,7 +11,6 @@ import servers
 from celery import Celery
 from raw import Sender
 from servers import wait_for
-from watched import Watched
 from workers import Worker, unacknowledged
 
 from celery_dlx import DeadLetters
@@ -67,15 +66,6 @@ def test_a_server_that_cannot_prove_who_it_is(tls, certificates, queue):
 
 
 # -- Sentinel
-
-
-@pytest.fixture
-def watched():
-    found = Watched()
-    try:
-        yield found.start()
-    finally:
-        found.stop()
 
 
 def test_nothing_is_lost_in_a_failover(watched, queue, tmp_path):

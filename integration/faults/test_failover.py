@@ -4,20 +4,9 @@ from __future__ import annotations
 
 import os
 
-import pytest
 from faults.failover_faults import FAILOVER_FAULTS, FailoverStorm
-from watched import Watched
 
 SEED = int(os.environ.get("DLX_SEED", "20261120"))
-
-
-@pytest.fixture
-def watched():
-    found = Watched()
-    try:
-        yield found.start()
-    finally:
-        found.stop()
 
 
 def test_nothing_is_lost_when_the_master_fails_over_in_a_storm(watched, queue):
