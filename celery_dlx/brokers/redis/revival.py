@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from celery_dlx.brokers.redis.letters import parsed_item, set_body
+from celery_dlx.brokers.redis.records import decode
 from celery_dlx.brokers.redis.stored import Stored
 from celery_dlx.lazy import source_of
 from celery_dlx.letters import HEADER, DeadLetter
@@ -55,7 +56,7 @@ def _spliced(text: str, span: tuple[int, int], headers: dict[str, Any], told: st
     at = text.rfind(_LINEAGE, start, end)
     if at < 0:
         return None
-    value, last = json.JSONDecoder().raw_decode(text, at + len(_LINEAGE))
+    value, last = decode(text, at + len(_LINEAGE))
     return f"{text[: at + len(_LINEAGE)]}{told}{text[last:]}" if last == end - 1 and value == headers[HEADER] else None
 
 
