@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 from celery.signals import celeryd_init
 
 from celery_dlx import selection
-from celery_dlx.brokers.base import Broker, QueueStats, Replayed
+from celery_dlx.brokers.base import Broker, QueueStats, Replayed, Run
 from celery_dlx.brokers.cover import BrokerCover
 from celery_dlx.brokers.queues import identity, queues_class
 from celery_dlx.brokers.redis import install as install_redis_transport
@@ -35,7 +35,7 @@ from celery_dlx.journal import QueueLocks
 from celery_dlx.letters import DeadLetter
 from celery_dlx.policy.settings import Policy, is_glob, management_url
 from celery_dlx.replay import Chosen, Engine, Options, describe, resume, start
-from celery_dlx.signals import dead_letter_replayed
+from celery_dlx.signals import dead_letter_replayed, heard
 
 if TYPE_CHECKING:
     from celery_dlx.brokers.rabbitmq.topology import RabbitMQTopology
@@ -355,7 +355,7 @@ class DeadLetters:
 
         Without ids, every letter that matches the filters, of a queue or of all. A letter leaves its DLQ only when the
         broker has its message: what is interrupted stays, or is in both places. Letters that die again meanwhile are
-        not replayed again.
+        not replayed again. On Redis what is yielded has no body, as from `letters`, unless ``bodies=True`` is given.
 
         Raises:
             UnknownLetterError: after all others were replayed, if an id was found nowhere.
@@ -363,7 +363,7 @@ class DeadLetters:
         """
 
         def step(name: str, matches: Any, left: int | None) -> Iterator[Replayed]:
-            for replayed in self.broker.replay(name, matches, left):
+            for replayed in self.broker.replay(name, matches, left, Run(bodies=heard())):
                 dead_letter_replayed.send(sender=None, letter=replayed.letter, queue=replayed.queue)
                 yield replayed
 

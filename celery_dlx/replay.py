@@ -27,7 +27,7 @@ from celery_dlx.errors import DeadLetterError, ReplayError, UsageError
 from celery_dlx.journal import Entry, Journal, QueueLocks, Record, read_record
 from celery_dlx.letters import DeadLetter
 from celery_dlx.selection import Selection, match
-from celery_dlx.signals import dead_letter_replayed
+from celery_dlx.signals import dead_letter_replayed, heard
 
 #: Letters in one line of the journal, and between two looks at what workers report.
 _BATCH = 1_000
@@ -169,7 +169,7 @@ class Engine:
 
         rate = self.options.rate
         batch = max(1, min(_BATCH, int(rate / 10))) if rate else _BATCH
-        run = Run(self.record.replay, self.options.to, batch, lambda: bool(ids), self._editor(), self._over)
+        run = Run(self.record.replay, self.options.to, batch, lambda: bool(ids), self._editor(), heard(), self._over)
         # A paced replay looks anew now and then: RabbitMQ takes letters back that are held for half an hour.
         size = max(1, int(rate * _LOOK_ANEW)) if rate else len(all_ids)
         moved: list[str] = []

@@ -29,7 +29,8 @@ class Hashes:
 
 
 @pytest.mark.parametrize(
-    ("size", "lots"), [(0, [100, 500, 400]), (1_000, [100, 500, 400]), (500_000, [100] + [16] * 56 + [4])]
+    ("size", "lots"),
+    [(0, [100, 250, 250, 250, 150]), (1_000, [100, 250, 250, 250, 150]), (500_000, [100] + [16] * 56 + [4])],
 )
 def test_large_messages_are_read_a_few_at_a_time(size, lots):
     client = Hashes(size)

@@ -150,6 +150,8 @@ class Run:
     wanted: Callable[[], bool] = lambda: False
     #: Changes a letter's message before it goes; what it raises keeps that letter where it is.
     edit: Callable[[DeadLetter], None] | None = None
+    #: Whether replayed letters are given with their messages, on Redis too.
+    bodies: bool = False
     #: Asked before each letter: no more of them, but finish what was begun.
     stop: Callable[[], bool] = lambda: False
 

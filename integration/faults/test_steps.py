@@ -44,7 +44,8 @@ _JOURNALED.append(f"after {JOURNAL}.note=select")
 REPLAY = {
     "rabbitmq": [*_JOURNALED, f"after {PIPELINE}.write", f"before {PIPELINE}._finish", f"before {READER}.acknowledge",
                  f"after {READER}.acknowledge"],
-    "redis": [*_JOURNALED, f"before {STORE}.replay", f"after {STORE}.replay"],
+    "redis": [*_JOURNALED, f"before {STORE}.replay", f"after {STORE}.replay", f"before {STORE}.begin_replay",
+              f"after {STORE}.begin_replay", f"before {REDIS}.aside:Aside.close"],
 }  # fmt: skip
 DISCARD = {
     "rabbitmq": [f"before {READER}.acknowledge", f"after {READER}.acknowledge"],
@@ -185,7 +186,8 @@ def dead(worker, server, queue):
 @steps(REPLAY)
 def test_a_replay_is_killed_at_a_step(server, queue, dead, step, tmp_path):
     (tmp_path / "fixed").touch()
-    edit = ["--edit", '[{"op": "test", "path": "/kwargs", "value": {}}]'] if "edited" in step else []
+    # What is edited is written by the tool.
+    edit = ["--edit", '[{"op": "test", "path": "/kwargs", "value": {}}]'] if "edited" in step or ".replay" in step else []
     tool(dead, "replay", queue, "--all", "--yes", "--no-preflight", "--wait", "30s", *edit, step=step)
     (row,) = dead.json("history")
     whole = row["selected"] == MESSAGES and "=select" not in step

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import logging
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from math import inf, isfinite
@@ -13,16 +12,14 @@ import redis
 from redis.sentinel import MasterNotFoundError
 
 from celery_dlx.brokers.base import Match, QueueStats, Replayed, Run, wants_bodies
+from celery_dlx.brokers.redis.moving import Mover
 from celery_dlx.brokers.redis.reader import Cause, Found, Span, bytes_of
 from celery_dlx.brokers.redis.records import read_fields
-from celery_dlx.brokers.redis.revival import revived
-from celery_dlx.brokers.redis.store import LetterStore, Move, is_full
+from celery_dlx.brokers.redis.store import LetterStore
 from celery_dlx.brokers.redis.stored import letter_of
 from celery_dlx.errors import (
     BrokerUnreachableError,
     BrokerUrlError,
-    ReplayError,
-    StoreFullError,
     UnknownLetterError,
     UsageError,
 )
@@ -32,12 +29,8 @@ from celery_dlx.policy.settings import Policy
 from celery_dlx.replaying import read_report
 from celery_dlx.selection import Selection
 
-logger = logging.getLogger("celery_dlx")
-
-#: Letters moved or deleted by one script: the server does nothing else meanwhile.
+#: Letters deleted by one script: the server does nothing else meanwhile.
 _BATCH = 100
-#: Bytes of messages that one script moves, unless one message has more.
-_BYTES = 1_000_000
 #: Letters read at once by their ids.
 _PAGE = 500
 #: Fingerprints that are read side by side.
@@ -121,9 +114,14 @@ class RedisBroker:
             causes = self._causes(queue, selected)
             yield from self._store.reader.pages(queue, span, bodies=bodies, causes=causes, words=selected.words)
             return
-        for scores in self._scores(queue, selected):
-            for start in range(0, len(scores), _PAGE):
-                yield from self._store.reader.some(queue, scores[start : start + _PAGE], bodies=bodies)
+        ids = selected.ids
+        if isinstance(ids, list) and not selected.newest and selected.after is None:  # in the order of their deaths already
+            for lot in self._store.reader.picked(queue, ids, bodies=bodies):
+                yield from lot
+            return
+        scores = self._scores(queue, selected, ids)
+        for start in range(0, len(scores), _PAGE):
+            yield from self._store.reader.some(queue, scores[start : start + _PAGE], bodies=bodies)
 
     def _position(self, queue: str, letter_id: str | None) -> tuple[float, str] | None:
         if letter_id is None:
@@ -133,21 +131,15 @@ class RedisBroker:
             raise UnknownLetterError(f"letter {letter_id} left its DLQ: what comes after it cannot be told")
         return score, letter_id
 
-    def _scores(self, queue: str, selected: Selection) -> Iterator[list[tuple[bytes, float]]]:
-        """Which of the ids are there, in the order of their deaths: a list has it already, nearly."""
-        ids = selected.ids or ()
-        chosen, found = iter(ids), []
-        ordered = isinstance(ids, list) and not selected.newest and selected.after is None
+    def _scores(self, queue: str, selected: Selection, ids: Iterable[str]) -> list[tuple[bytes, float]]:
+        """Which of the ids are there, in the order of their deaths."""
+        chosen, found = iter(ids), list[tuple[bytes, float]]()
         while chunk := list(islice(chosen, _PAGE)):
-            scores = sorted(self._store.reader.scores(queue, chunk), key=lambda pair: (pair[1], pair[0]))
-            if ordered:
-                yield scores
-            else:
-                found += scores
+            found += self._store.reader.scores(queue, chunk)
         span = Span(newest=selected.newest, after=self._position(queue, selected.after))
         found.sort(key=lambda pair: (pair[1], pair[0]), reverse=span.newest)
         position = None if span.after is None else (span.after[0], bytes_of(span.after[1]))
-        yield [each for each in found if span.beyond(position, each)]
+        return [each for each in found if span.beyond(position, each)]
 
     def _causes(self, queue: str, selected: Selection) -> list[str] | None:
         """Fingerprints whose letters may match; ``None``: look at all letters."""
@@ -211,37 +203,20 @@ class RedisBroker:
         return letter_of(record, item or b"", score, self._policy.dlq(queue), letter_id, queue)
 
     def replay(self, queue: str, match: Match, limit: int | None = None, run: Run | None = None) -> Iterator[Replayed]:
-        dlq, run = self._policy.dlq(queue), run or Run()
-        size = min(run.batch or _BATCH, _BATCH)
-        chosen = islice(self._with_messages(queue, match, size), limit)
-        unfit: list[str] = []
-        while not run.stop() and (batch := list(islice(chosen, size))):
-            replayed: dict[str, Replayed] = {}
-            moves: list[Move] = []
-            for found, letter in batch:
-                if found.item is None:
-                    logger.warning("letter %s of %r has no message to replay: somebody deleted it", found.id, dlq)
-                    continue
-                try:
-                    if run.edit is not None:
-                        run.edit(letter)
-                except ReplayError as exc:
-                    unfit.append(str(exc))
-                    continue
-                message, changes, parsed = revived(found.item, letter, run.replay)
-                to = run.to or letter.queue
-                moves.append((found.id, found.score, self._list_key(to, parsed or {}), message))
-                replayed[found.id] = Replayed(letter, to, changes)
-            for lot in _lots(moves):
-                try:
-                    moved = self._store.replay(queue, lot)
-                except redis.exceptions.ResponseError as exc:
-                    raise _full(exc, f"{len(lot)} letters stay in {dlq!r}") from exc
-                yield from (
-                    replayed[letter_id] for letter_id in dict.fromkeys(move[0] for move in lot) if letter_id in moved
-                )
-        if unfit:
-            raise ReplayError(f"{unfit[0]}{f' (and {len(unfit) - 1} more)' * (len(unfit) > 1)}")
+        run = run or Run()
+        newest = self._store.reader.newest(queue)  # not what dies again meanwhile
+        if newest is None:
+            return
+        mover = Mover(self._store, queue, self._policy.dlq(queue), self._list_key, run)
+        bodies = run.bodies or run.edit is not None or wants_bodies(match)
+        chosen = islice(self._search(queue, match, bodies=bodies, last=newest), limit)
+        try:
+            while not run.stop() and (batch := list(islice(chosen, mover.size))):
+                yield from mover.send(batch)
+            yield from mover.finish()
+        finally:
+            mover.close()
+        mover.check()
 
     def _with_messages(self, queue: str, match: Match, size: int) -> Iterator[tuple[Found, DeadLetter]]:
         """Matching letters with what their producers sent; those that lie there now, not what dies again meanwhile."""
@@ -325,28 +300,6 @@ class RedisBroker:
             if (evicted := self._store.reader.evicted(queue)) and any(key.startswith("evicted_") for key in extra):
                 extra["evicted"] = evicted
             yield QueueStats(queue, self._policy.dlq(queue), self._store.reader.count(queue), extra)
-
-
-def _lots(moves: list[Move]) -> Iterator[list[Move]]:
-    """Moves in lots of so many bytes."""
-    lot: list[Move] = []
-    size = 0
-    for move in moves:
-        if lot and size + len(move[3]) > _BYTES:
-            yield lot
-            lot, size = [], 0
-        lot.append(move)
-        size += len(move[3])
-    if lot:
-        yield lot
-
-
-def _full(exc: BaseException, consequence: str) -> Exception:
-    if is_full(exc):
-        return StoreFullError(f"Redis is full (OOM): {consequence}; raise `maxmemory` or discard letters, and try again")
-    if "WRONGTYPE" in str(exc):
-        return ReplayError(f"{consequence}: {exc}")
-    return exc if isinstance(exc, Exception) else RuntimeError(str(exc))
 
 
 def misconfigured(exc: Exception) -> UsageError:

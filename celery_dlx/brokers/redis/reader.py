@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from heapq import merge
-from itertools import islice, repeat
 from math import inf
 from typing import Any, NamedTuple
 
+from celery_dlx.brokers.redis.aside import Aside
 from celery_dlx.brokers.redis.scripts import load
 
-#: Letters read at once; fewer at first, for most readers want no more.
-_PAGE, _FIRST_PAGE = 500, 100
+#: Letters read at once, for the server does nothing else meanwhile; fewer at first, for most readers want no more.
+_PAGE, _FIRST_PAGE = 250, 100
 #: Bytes of messages read at once, about; unless one message has more.
 _BYTES = 8_000_000
 #: Ids read at once.
@@ -52,6 +53,16 @@ class Found(NamedTuple):
     item: bytes | None
 
 
+def _unpacked(numbers: bytes, parts: bytes) -> Iterator[tuple[bytes, Found]]:
+    """What pack.lua packed, with the ids as they are stored."""
+    told, at = iter(numbers.split()), 0
+    for id_bytes, score, record_bytes, item_bytes in zip(told, told, told, told, strict=True):
+        member = parts[at : (at := at + int(id_bytes))]
+        record = parts[at : (at := at + int(record_bytes))]
+        item = None if item_bytes == b"-" else parts[at : (at := at + int(item_bytes))]
+        yield member, Found(text_of(member), float(score), record, item)
+
+
 class Span(NamedTuple):
     """Which part of a DLQ is read: what died between two times; the newest first; what comes after a score and id."""
 
@@ -82,7 +93,7 @@ class LetterReader:
     def __init__(self, client: Any, keys: Callable[[str], list[bytes]]) -> None:
         self.client = client
         self.keys = keys
-        self._scan = load(client, "scan")
+        self._scan, self._pick = load(client, "scan"), load(client, "pick")
         #: Messages read at once: the next are taken to be as large as the last.
         self._lot = _FIRST_PAGE
 
@@ -94,47 +105,37 @@ class LetterReader:
         ``words``: only those in whose records all of these stand.
         """
         name = self.keys(queue)[0]
-        if words:
-            names = [name] if causes is None else [_of_cause(name, cause) for cause in causes]
-            scans = (self._scanned(queue, each, span, words, bodies) for each in names)
+        names = [name] if causes is None else [_of_cause(name, cause) for cause in causes]
+        scans = [self._scanned(queue, each, span, words, bodies) for each in names]
+        if len(scans) == 1:
+            yield from scans[0]
+        else:
             yield from merge(*scans, key=lambda found: (found.score, bytes_of(found.id)), reverse=span.newest)
-            return
-        if causes is None:
-            yield from self._walk(queue, name, span, bodies)
-            return
-
-        def walk(cause: str) -> Iterator[tuple[float, bytes]]:
-            for page in self._scored(_of_cause(name, cause), span, _PAGE):
-                yield from ((score, member) for member, score in page)
-
-        merged, size = merge(*map(walk, causes), reverse=span.newest), _FIRST_PAGE
-        while page := [(member, score) for score, member in islice(merged, size)]:
-            yield from self.some(queue, page, bodies=bodies)
-            size = _PAGE
 
     def _scanned(self, queue: str, name: bytes, span: Span, words: Sequence[str], bodies: bool) -> Iterator[Found]:
         """Redis looks into the records, and sends what matches only."""
         _, payloads, records, _ = self.keys(queue)
         done = None if span.after is None else (span.after[0], bytes_of(span.after[1]))
         looked: tuple[bytes, Any] = (b"", "") if done is None else (done[1], repr(done[0]))
-        order, bodies_too = "1" if span.newest else "", "1" if bodies else ""
-        while True:
-            args = [repr(span.first), repr(span.last), order, *looked, bodies_too, *words]
-            last, score, *found = self._scan(keys=[name, records, payloads], args=args)
-            if not score:
-                return
-            rows = iter(found)
-            for member, died, record, item in zip(rows, rows, rows, rows if bodies else repeat(None), strict=False):
-                position = float(died), member
-                if span.beyond(done, (member, position[0])):
-                    done = position
-                    yield Found(text_of(member), position[0], record, item)
-            # Not the same: where the letter looked at last left, those that died in its moment are looked at again.
-            looked = last, score
+        order, bodies_too, most = "1" if span.newest else "", "1" if bodies else "", _FIRST_PAGE
 
-    def _walk(self, queue: str, name: bytes, span: Span, bodies: bool) -> Iterator[Found]:
-        for page in self._scored(name, span, _PAGE):
-            yield from self.some(queue, page, bodies=bodies)
+        def args() -> list[Any]:
+            return [repr(span.first), repr(span.last), order, *looked, bodies_too, most, *words]
+
+        keys = [name, records, payloads]
+        with closing(Aside(self.client, self._scan)) as aside:
+            last, score, *found = self._scan(keys=keys, args=args())
+            while score:
+                # Not the same: where the letter looked at last left, those that died in its moment are looked at again.
+                looked = last, score
+                # Who wants more than the first few wants all, mostly: Redis looks for the next ones meanwhile.
+                answer = aside.begin(keys, args()) if most == _PAGE else None
+                for member, each in _unpacked(*found):
+                    if span.beyond(done, (member, each.score)):
+                        done = each.score, member
+                        yield each
+                most = _PAGE
+                last, score, *found = self._scan(keys=keys, args=args()) if answer is None else answer()
 
     def _scored(self, name: bytes, span: Span, most: int) -> Iterator[list[tuple[bytes, float]]]:
         """Ids and scores of a sorted set, in pages."""
@@ -185,6 +186,28 @@ class LetterReader:
                 self._lot = min(max(_BYTES * len(lot) // max(size, 1), 1), _PAGE)
             for position, (member, score) in enumerate(lot):
                 yield Found(text_of(member), score, answers[0][position], answers[1][position] if bodies else None)
+
+    def picked(self, queue: str, ids: Sequence[str], *, bodies: bool) -> Iterator[list[Found]]:
+        """Those of the ids that are there, in lots of some megabytes."""
+        name, payloads, records, _ = self.keys(queue)
+        done, keys = 0, [name, records, payloads]
+
+        def args() -> list[Any]:
+            return ["1" if bodies else "", *map(bytes_of, ids[done : done + _PAGE])]
+
+        if len(ids) <= _PAGE:
+            while done < len(ids):
+                looked, *packed = self._pick(keys=keys, args=args())
+                done += int(looked)
+                yield [each for _, each in _unpacked(*packed)]
+            return
+        with closing(Aside(self.client, self._pick)) as aside:
+            answer: Callable[[], Any] | None = aside.begin(keys, args())
+            while answer is not None:
+                looked, *packed = answer()
+                done += int(looked)
+                answer = aside.begin(keys, args()) if done < len(ids) else None
+                yield [each for _, each in _unpacked(*packed)]
 
     def scores(self, queue: str, ids: Sequence[str]) -> list[tuple[bytes, float]]:
         """Those of the ids that are there, and when they died."""

@@ -14,6 +14,8 @@ from celery_dlx.replaying import BROKER_HEADERS, lineage, revive_expiration, rev
 
 #: Headers that do not go back as they are.
 _CHANGED = frozenset((*BROKER_HEADERS, "redelivered"))
+#: Numbers that Lua keeps exactly, and more than anybody sends.
+_MOST = 1_000_000
 _LINEAGE = f', "{HEADER}": '
 
 
@@ -33,6 +35,22 @@ def revived(item: bytes, letter: DeadLetter, replay: str | None = None) -> tuple
         return message.encode(), changes + more, payload
     except RecursionError:
         return item, [], payload
+
+
+def told(letter: DeadLetter, replay: str | None = None) -> tuple[bytes, int, int] | None:
+    """The lineage of a letter with priority and retries of its message, where its record promises a message in which only
+    that is put in and the retries are counted anew; splice.lua looks whether it is one."""
+    source = source_of(letter)
+    if not isinstance(source, Stored) or letter.edited is not None:
+        return None
+    known = source.fields.get
+    # Without a task id it may be no message at all.
+    if not known("task_id") or known("replays") or known("deaths") or known("stripped") or known("redacted"):
+        return None
+    priority, retries = known("priority", 0), known("retries", 0)
+    if type(priority) is not int or type(retries) is not int or not (0 <= priority < _MOST and 0 <= retries < _MOST):
+        return None
+    return json.dumps(lineage(letter, replay)).encode(), priority, retries
 
 
 def _is_plain(payload: dict[str, Any], letter: DeadLetter) -> bool:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import redis
 
+from celery_dlx.brokers.redis.aside import Aside
 from celery_dlx.brokers.redis.deliveries import deliveries_key
 from celery_dlx.brokers.redis.reader import LetterReader, bytes_of, text_of
 from celery_dlx.brokers.redis.records import to_json
@@ -33,8 +34,25 @@ def is_full(exc: BaseException) -> bool:
     return isinstance(exc, redis.exceptions.OutOfMemoryError)  # type: ignore[attr-defined, unused-ignore]
 
 
-#: A letter that goes back: its id, its score as read, the key of its list, its item.
-Move = tuple[str, float, str, bytes]
+class Move(NamedTuple):
+    """A letter that goes back: its id, its score as read, the key of its list, and either its item or, with a priority,
+    the lineage to be put into the stored item, if that has this priority and these retries."""
+
+    id: str
+    score: float
+    list_key: str
+    content: bytes
+    priority: int | None = None
+    retries: int = 0
+
+
+class Moved(NamedTuple):
+    """What became of moves: how many were looked at, the first ones; the ids of those that were not there any more, and of
+    those whose items the caller must write. The rest of them moved."""
+
+    looked: int
+    stayed: set[str]
+    unfit: set[str]
 
 
 class Capture(NamedTuple):
@@ -59,6 +77,11 @@ class Trimmed(NamedTuple):
     evicted: int
 
 
+def _moved(answer: Any) -> Moved:
+    looked, stayed, unfit = answer
+    return Moved(int(looked), set(map(text_of, stayed)), set(map(text_of, unfit)))
+
+
 def _caps(settings: QueueSettings) -> list[int]:
     return [settings.dlq_max_length, int(settings.dlq_max_age * 1000), settings.dlq_max_bytes or 0]
 
@@ -75,6 +98,7 @@ class LetterStore:
         self._scripts = {name: load(client, name) for name in self.NAMES}
         self._keys: dict[str, list[bytes]] = {}
         self.reader = LetterReader(client, self.keys)
+        self._aside = Aside(client, self._scripts["replay"])
 
     def keys(self, queue: str) -> list[bytes]:
         """letters, payloads, records, stats of a queue's DLQ."""
@@ -128,19 +152,30 @@ class LetterStore:
         """Keep a DLQ within its caps, by a bounded step."""
         return Trimmed(*map(int, self._scripts["trim"](keys=self.keys(queue), args=_caps(settings))))
 
-    def replay(self, queue: str, moves: Sequence[Move]) -> set[str]:
-        """Move letters back, all in one step; returns the ids that moved."""
-        lists = {key: number for number, key in enumerate(dict.fromkeys(move[2] for move in moves), 1)}
+    def replay(self, queue: str, moves: Sequence[Move]) -> Moved:
+        """Move letters back, all in one step, as many as fit into a megabyte."""
+        keys, args = self._replaying(queue, moves)
+        return _moved(self._scripts["replay"](keys=keys, args=args))
+
+    def begin_replay(self, queue: str, moves: Sequence[Move]) -> Callable[[], Moved]:
+        """As `replay`, without waiting: the caller can do something else meanwhile, but send nothing else that way."""
+        finish = self._aside.begin(*self._replaying(queue, moves))
+        return lambda: _moved(finish())
+
+    def abandon(self) -> None:
+        """Nobody waits for what `begin_replay` began; it happens or not."""
+        self._aside.close()
+
+    def _replaying(self, queue: str, moves: Sequence[Move]) -> tuple[list[bytes], list[Any]]:
+        lists = {key: number for number, key in enumerate(dict.fromkeys(move.list_key for move in moves), 1)}
         # Two arguments for all of them: redis-py handles each for itself, and sends a few thousand bytes at once at most.
         numbers, parts = [], []
-        for letter_id, score, list_key, item in moves:
+        for letter_id, score, list_key, content, priority, retries in moves:
             member = bytes_of(letter_id)
-            numbers.append(f"{score!r} {lists[list_key]} {len(member)} {len(item)}")
-            parts += [member, item]
-        args = [" ".join(numbers), b"".join(parts)]
-        keys = [*self.keys(queue), *(bytes_of(self.prefix + key) for key in lists)]
-        stayed = {text_of(member) for member in self._scripts["replay"](keys=keys, args=args)}
-        return {letter_id for letter_id, *_ in moves if letter_id not in stayed}
+            kind = "-" if priority is None else priority
+            numbers.append(f"{score!r} {lists[list_key]} {len(member)} {len(content)} {kind} {retries}")
+            parts += [member, content]
+        return [*self.keys(queue), *(bytes_of(self.prefix + key) for key in lists)], [" ".join(numbers), b"".join(parts)]
 
     def restore_letter(self, queue: str, letter_id: str, score: str, record: bytes, item: bytes) -> bool:
         """Put a letter back as it was; ``False`` if it is there."""

@@ -1,10 +1,13 @@
 -- Letters go back to their queues. KEYS: letters, payloads, records, stats, then the lists
--- ARGV: per letter its score as read, index of its list (from 1), bytes of its id and of the message to push, all after
---       blanks; then all these ids and messages, one after the other
+-- ARGV: per letter its score as read, index of its list (from 1), bytes of its id and of what follows it, and priority and
+--       retries, all between blanks; then all ids with what follows them, one after the other. That is the letter's lineage,
+--       to be put into its message, if that has this priority and these retries; or, with priority -, the message to push.
 -- A letter that someone else replayed, discarded or captured anew since it was read is left alone.
--- Returns the ids that did not move. Removing comes first: after it a full server refuses nothing.
+-- Returns how many letters were looked at, for it ends early when it has a megabyte; the ids that are not there as they
+-- were read; and those whose messages the caller must write. Removing comes first: after it a full server refuses nothing.
 -- include causes
-local moved, stayed, chosen, items = {}, {}, {}, {}
+-- include splice
+local looked, bytes, moved, stayed, unfit, chosen, items = 0, 0, {}, {}, {}, {}, {}
 for list = 5, #KEYS do
   -- Pushing must not fail once letters were removed: whatever else has a list's name, nothing leaves then.
   local kind = redis.call('TYPE', KEYS[list]).ok
@@ -13,21 +16,32 @@ for list = 5, #KEYS do
   end
   items[list] = {}
 end
-local at = 1
-for read, list, id_bytes, bytes in string.gmatch(ARGV[1], '(%S+) (%d+) (%d+) (%d+)') do
+local at, each = 1, '(%S+) (%d+) (%d+) (%d+) (%S+) (%d+)'
+for read, list, id_bytes, more, priority, retries in string.gmatch(ARGV[1], each) do
+  if bytes > 1048576 then break end
   local id = string.sub(ARGV[2], at, at + id_bytes - 1)
   if not chosen[id] then
     local score = redis.call('ZSCORE', KEYS[1], id)
     if score and tonumber(score) == tonumber(read) then
-      chosen[id] = true
-      moved[#moved + 1] = id
-      local pushed = items[4 + list]
-      pushed[#pushed + 1] = string.sub(ARGV[2], at + id_bytes, at + id_bytes + bytes - 1)
+      local item = string.sub(ARGV[2], at + id_bytes, at + id_bytes + more - 1)
+      if priority ~= '-' then
+        item = spliced(redis.call('HGET', KEYS[2], id) or '', item, priority, retries)
+      end
+      if item then
+        chosen[id] = true
+        moved[#moved + 1] = id
+        local pushed = items[4 + list]
+        pushed[#pushed + 1] = item
+        bytes = bytes + #item
+      else
+        unfit[#unfit + 1] = id
+      end
     else
       stayed[#stayed + 1] = id
     end
   end
-  at = at + id_bytes + bytes
+  looked = looked + 1
+  at = at + id_bytes + more
 end
 if #moved > 0 then
   redis.call('ZREM', KEYS[1], unpack(moved))
@@ -38,4 +52,4 @@ if #moved > 0 then
   drop(moved, redis.call('HMGET', KEYS[3], unpack(moved)))
   redis.call('HINCRBY', KEYS[4], 'replayed', #moved)
 end
-return stayed
+return {looked, stayed, unfit}

@@ -1,10 +1,10 @@
 -- Letters in whose records all of some words stand; the others are not sent. Bounded in letters and bytes looked at.
 -- KEYS: letters (all, or a cause's), records, payloads
 -- ARGV: first and last score, '1' for the newest first, id and score of the last letter looked at before (or '' and ''),
---       '1' to send payloads, words
--- Returns id and score of the last letter looked at (score '': there are no more);
--- then id, score and record of each that matches, and its payload if that was asked for (nil: there is none).
-local MOST, BYTES = 1000, 2000000
+--       '1' to send payloads, letters looked at at most, words
+-- Returns id and score of the last letter looked at (score '': there are no more), and those that match: see pack.lua.
+-- include pack
+local MOST, BYTES = tonumber(ARGV[7]), 2000000
 local newest, payloads = ARGV[3] == '1', ARGV[6] == '1'
 local low = redis.call('ZCOUNT', KEYS[1], '-inf', '(' .. ARGV[1])
 local high = redis.call('ZCOUNT', KEYS[1], '-inf', ARGV[2]) - 1
@@ -20,7 +20,7 @@ if ARGV[5] ~= '' then
   end
 end
 if newest then low = math.max(low, high - MOST + 1) else high = math.min(high, low + MOST - 1) end
-if low > high then return {'', ''} end
+if low > high then return {'', '', '', ''} end
 local found
 if newest then
   local last = redis.call('ZCARD', KEYS[1]) - 1
@@ -30,27 +30,29 @@ else
 end
 
 local function matches(record)
-  for i = 7, #ARGV do
+  for i = 8, #ARGV do
     if not string.find(record, ARGV[i], 1, true) then return false end
   end
   return true
 end
 
-local answer, bytes = {'', ''}, 0
-for i = 1, #found, 2 do
-  local id, score = found[i], found[i + 1]
-  local record = redis.call('HGET', KEYS[2], id) or ''
-  answer[1], answer[2] = id, score
-  bytes = bytes + #record
-  if matches(record) then
-    local at = #answer
-    answer[at + 1], answer[at + 2], answer[at + 3] = id, score, record
-    if payloads then
-      local payload = redis.call('HGET', KEYS[3], id)
-      answer[at + 4] = payload
+-- Some at a time: a command for each is dear, and so are large records that are not looked at any more.
+local last_id, last_score, bytes, first = '', '', 0, 1
+while first < #found and bytes <= BYTES do
+  local ids = {}
+  for i = first, math.min(first + 98, #found), 2 do ids[#ids + 1] = found[i] end
+  local records = redis.call('HMGET', KEYS[2], unpack(ids))
+  for i, id in ipairs(ids) do
+    local score, record = found[first + 2 * i - 1], records[i] or ''
+    last_id, last_score = id, score
+    bytes = bytes + #record
+    if matches(record) then
+      local payload = payloads and redis.call('HGET', KEYS[3], id)
       bytes = bytes + #(payload or '')
+      pack(id, score, record, payload)
     end
+    if bytes > BYTES then break end
   end
-  if bytes > BYTES then break end
+  first = first + 2 * #ids
 end
-return answer
+return {last_id, last_score, packed()}

@@ -1,0 +1,211 @@
+"""Redis puts lineages into messages itself: what comes out is what would be written message by message."""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+from typing import Any
+from uuid import uuid4
+
+import pytest
+import redis
+from celery import Celery
+
+from celery_dlx import DeadLetters
+from celery_dlx.brokers.redis import moving
+from celery_dlx.brokers.redis.letters import original_of
+from celery_dlx.brokers.redis.revival import revived, told
+from celery_dlx.brokers.redis.store import Capture
+from celery_dlx.brokers.redis.stored import letter_of
+from celery_dlx.letters import HEADER, Death, compose
+from celery_dlx.policy.settings import Policy
+from celery_dlx.replaying import BROKER_HEADERS
+
+HEADERS = {
+    "lang": "py", "task": "shop.charge", "id": "a-1", "root_id": "a-1", "parent_id": None, "group": None, "retries": 0,
+    "eta": None, "expires": None, "timelimit": [None, None], "argsrepr": "(1,)", "kwargsrepr": "{}", "origin": "gen1@x-1",
+}  # fmt: skip
+PROPERTIES = {
+    "correlation_id": "a-1", "delivery_mode": 2, "priority": 0, "delivery_info": {"exchange": "", "routing_key": "q"},
+    "body_encoding": "base64", "delivery_tag": "6f0c",
+}  # fmt: skip
+
+
+def envelope(
+    headers: Any = None, properties: Any = None, body: str = "W1sxXSwge30sIG51bGxd", **others: Any
+) -> dict[str, Any]:
+    return {
+        "body": body,
+        "content-encoding": "utf-8",
+        "content-type": "application/json",
+        "headers": {**HEADERS, **(headers or {})},
+        "properties": {**PROPERTIES, **(properties or {})},
+        **others,
+    }
+
+
+def without(kind: str, key: str) -> dict[str, Any]:
+    found = envelope()
+    del found[kind][key]
+    return found
+
+
+#: By name; those that Redis does alone, and those it leaves to us.
+EASY = {
+    "usual": envelope(),
+    "retried": envelope({"retries": 3}),
+    "never retried": without("headers", "retries"),
+    "no expires": without("headers", "expires"),
+    "urgent": envelope(properties={"priority": 7}),
+    "no priority": without("properties", "priority"),
+    "priority beyond": envelope(properties={"priority": 255}),
+    "no body": envelope(body=""),
+    "words that look like ours": envelope({"argsrepr": '("y-death", "retries": 3, "expires": 1, {}, "properties": {}})'}),
+    "a name that ends in x-1": envelope({"origin": "gen1@box-1", "kwargsrepr": "{'x-': '\\\\'}"}),
+    "text beyond ASCII": envelope({"argsrepr": "('ümläut', '\U0001f4a5')"}),
+    "an object after it": envelope(more={}),
+    "more about stamps": envelope({"stamps": {"a": [1, {"b": "}}"}]}, "stamped_headers": ["a"]}),
+}
+HARD = {
+    "retries of a nested object": envelope({"stamps": {"retries": 3}}),
+    "expires": envelope({"expires": "2020-01-01T00:00:00"}),
+    "expires later": envelope({"expires": "2999-01-01T00:00:00"}),
+    "replayed before": envelope({HEADER: {"replays": 2, "last": "b", "deaths": [{"id": "b", "reason": "failure"}]}}),
+    "broker's words": envelope({"x-death": [], "x-other": 1}),
+    "redelivered": envelope({"redelivered": True}),
+    "redelivered, says its route": envelope(properties={"delivery_info": {"routing_key": "q", "redelivered": True}}),
+    "retries as text": envelope({"retries": "3"}),
+    "retries that are too many": envelope({"retries": 10**9}),
+    "priority as text": envelope(properties={"priority": "7"}),
+    "priority that is none": envelope(properties={"priority": None}),
+    "priority twice": envelope(properties={"delivery_info": {"priority": 3}}),
+    "properties of a header": envelope({"stamps": {"more": {}, "properties": {"a": 1}}}),
+    "properties among the headers": envelope({"nested": {"a": {}}, "properties": {}, "b": 1}),
+    "text as a body": envelope(properties={"body_encoding": None}, body='[["\\"headers\\": {"], {}, null]'),
+    "an escape in its content type": {**envelope(), "content-type": 'a"b'},
+    "words that look like the broker's": envelope({"argsrepr": '("x-death", 1)'}),
+    "other keys after it": envelope(more=1),
+    "other order": dict(reversed(envelope().items())),
+}
+#: As bytes: not as kombu writes them.
+RAW = {
+    "compact": json.dumps(envelope(), separators=(",", ":")).encode(),
+    "blanks after it": json.dumps(envelope()).encode() + b" \n",
+    "as UTF-16": json.dumps(envelope()).encode("utf-16"),
+    "a key twice": json.dumps(envelope()).replace('"retries": 0', '"retries": 0, "retries": 2').encode(),
+    "no envelope": b'{"body": "", "content-encoding": "", "content-type": "", "headers": {oops}, "properties": {}}',
+    "cut short": json.dumps(envelope()).encode()[:-20],
+    "nothing": b"",
+}
+RAW_EASY = {"as UTF-8": json.dumps(envelope({"argsrepr": "ü"}), ensure_ascii=False).encode()}
+ITEMS = {name: json.dumps(each).encode() for name, each in (EASY | HARD).items()} | RAW | RAW_EASY
+
+
+@contextmanager
+def stored(url: str, items: dict[str, bytes]):
+    """A DLQ with one letter of each item; gives what reads it, the server and the letters' ids by name."""
+    queue = f"q{uuid4().hex[:8]}"
+    app = Celery("moving", broker=url, set_as_current=False)
+    app.conf.task_default_queue = queue
+    dead = DeadLetters(app, policy=Policy())
+    with app.connection_for_write() as connection:
+        store = connection.default_channel.dlx_letter_store(dead.policy)
+        store.announce(queue)
+        ids = {}
+        for name, item in items.items():
+            letter = compose(Death("failure", queue, 0), original_of(item), f"{queue}.dlq")
+            ids[name] = letter.id = f"{uuid4().hex}"
+            assert store.capture(Capture(letter, dead.policy.settings(queue), item=item))
+        yield dead, queue, store, ids
+    dead.close()
+
+
+def expected(store: Any, queue: str, letter_id: str) -> bytes:
+    """What the message is when it is written here."""
+    score, record, item = store.reader.one(queue, letter_id)
+    return revived(item, letter_of(record, item, score, f"{queue}.dlq", letter_id, queue))[0]
+
+
+def lists(client: redis.Redis, queue: str) -> list[bytes]:
+    return [item for key in client.keys(f"{queue}*") for item in client.lrange(key, 0, -1)]
+
+
+def test_messages_go_back_as_if_written_one_by_one(redis_server):
+    client = redis.Redis.from_url(redis_server.url)
+    with stored(redis_server.url, ITEMS) as (dead, queue, store, ids):
+        wanted = sorted(expected(store, queue, letter_id) for letter_id in ids.values())
+        moved = {each.letter.id: each for each in dead.replay(queue=queue)}
+        assert moved.keys() == set(ids.values())
+        assert moved[ids["retried"]].changes == ["retries 3 → 0"]
+        assert sorted(lists(client, queue)) == wanted
+        # The default priority's list has the queue's own name.
+        assert {int(json.loads(item)["properties"]["priority"]) for item in client.lrange(f"{queue}\x06\x166", 0, -1)} == {7}
+
+
+@pytest.mark.parametrize("name", ITEMS)
+def test_redis_writes_those_that_it_can(redis_server, name, monkeypatch):
+    written = []
+    monkeypatch.setattr(moving, "revived", lambda item, *args: written.append(item) or revived(item, *args))
+    with stored(redis_server.url, {name: ITEMS[name]}) as (dead, queue, store, ids):
+        wanted = expected(store, queue, ids[name])
+        (only,) = dead.replay(queue=queue)
+        assert lists(redis.Redis.from_url(redis_server.url), queue) == [wanted]
+        assert bool(written) is (name in HARD or name in RAW)
+        assert only.letter.id == ids[name]
+
+
+def test_a_message_that_was_changed_meanwhile_is_looked_at_again(redis_server):
+    """Between reading a record and moving the letter somebody wrote another message."""
+    client = redis.Redis.from_url(redis_server.url)
+    with stored(redis_server.url, {"usual": ITEMS["usual"]}) as (dead, queue, store, ids):
+        payloads = store.keys(queue)[1]
+        client.hset(payloads, ids["usual"], ITEMS["urgent"])
+        assert len(list(dead.replay(queue=queue))) == 1
+        (key,) = client.keys(f"{queue}*")
+        assert key != queue.encode()  # it is the message's priority that counts
+        (item,) = lists(client, queue)
+        assert json.loads(item)["properties"]["priority"] == 7
+
+
+def test_large_messages_are_moved_a_few_at_a_time(redis_server):
+    """A script ends when it has a megabyte: the server does nothing else meanwhile."""
+    client = redis.Redis.from_url(redis_server.url)
+    items = {str(number): json.dumps(envelope(body="A" * 400_000)).encode() for number in range(40)}
+    with stored(redis_server.url, items) as (dead, queue, _, ids):
+        client.config_resetstat()
+        assert {each.letter.id for each in dead.replay(queue=queue)} == set(ids.values())
+        assert client.llen(queue) == 40
+        # The first page of letters is one batch: lots of three, none read by us.
+        assert client.info("commandstats")["cmdstat_lpush"]["calls"] == 14
+
+
+def test_what_is_begun_is_finished_when_nobody_wants_to_know(redis_server):
+    items = {str(number): ITEMS["usual"] for number in range(300)}
+    with stored(redis_server.url, items) as (dead, queue, _store, _):
+        replaying = dead.replay(queue=queue)
+        next(replaying)
+        replaying.close()
+        left = {letter.id for letter in dead.letters(queue)}
+        moved = {
+            json.loads(item)["headers"][HEADER]["last"] for item in lists(redis.Redis.from_url(redis_server.url), queue)
+        }
+        assert not left & moved
+        assert len(left) + len(moved) == 300
+        assert {each.letter.id for each in dead.replay(queue=queue)} == left  # and the store can go on
+
+
+def test_a_server_that_forgot_its_scripts(redis_server):
+    items = {str(number): ITEMS["usual"] for number in range(300)}
+    client = redis.Redis.from_url(redis_server.url)
+    with stored(redis_server.url, items) as (dead, queue, _, ids):
+        moved = set()
+        for each in dead.replay(queue=queue):
+            moved.add(each.letter.id)
+            if len(moved) % 50 == 1:
+                client.script_flush()
+        assert moved == set(ids.values())
+
+
+def test_all_headers_of_brokers_begin_as_the_script_expects():
+    assert all(name.startswith("x-") for name in (HEADER, *BROKER_HEADERS))
+    assert told(letter_of(b"{}", None, 0.0, "q.dlq", "a", "q")) is None  # no task id: perhaps no message
