@@ -227,6 +227,10 @@ def letter_id(queue: str, original: Original, task_id: str | None, retries: int,
     return digest.hexdigest()
 
 
+#: Headers that `describe` reads.
+DESCRIBED = ("task", "id", "root_id", "parent_id", "argsrepr", "kwargsrepr", "retries")
+
+
 def describe(original: Original) -> dict[str, Any]:
     """What a message says of its task, in either of Celery's message protocols; nothing is unpickled.
 

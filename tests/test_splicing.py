@@ -12,13 +12,19 @@ from hypothesis import strategies as st
 from test_deliveries import _properties
 from test_framing import _keys, _tables
 
+from celery_dlx.brokers.rabbitmq import splicing
 from celery_dlx.brokers.rabbitmq.deliveries import Taken
 from celery_dlx.brokers.rabbitmq.framing import content_frames, encode_properties, publish_frames
 from celery_dlx.brokers.rabbitmq.letters import at_rest, letter_of, revived, revived_bytes
-from celery_dlx.brokers.rabbitmq.splicing import spliced
+from celery_dlx.brokers.rabbitmq.splicing import layout
 from celery_dlx.letters import HEADER, Death, Original, compose
 
 _METHOD = dumps("sLbss", ("consumer", 1, False, "celery.dlx", "q"))
+
+
+def spliced(content: bytes, drop, add):
+    found = layout(content)
+    return None if found is None else splicing.spliced(content, found, frozenset(drop), add)
 
 
 def encoded(properties: dict) -> bytes:

@@ -60,6 +60,21 @@ def decode_properties(data: bytes) -> dict[str, Any]:
     return decoded
 
 
+def decode_value(data: bytes, at: int, end: int) -> Any:
+    """The value, after its type, that takes ``data`` from ``at`` to ``end``.
+
+    Raises:
+        ValueError: it is not plain; py-amqp may know it.
+    """
+    try:
+        value, stop = _value(data, at, end)
+    except Exception as exc:  # noqa: BLE001 - a stranger's bytes
+        raise ValueError(type(exc).__name__) from None
+    if stop != end:
+        raise ValueError(f"expected {end}, found {stop}")
+    return value
+
+
 def _properties(data: bytes) -> dict[str, Any]:
     flags, at, end = data[0] << 8 | data[1], 2, len(data)
     if flags & _OTHER_FLAGS:

@@ -11,9 +11,11 @@ from amqp.serialization import decode_properties_basic
 
 from celery_dlx.brokers.rabbitmq.deliveries import Taken
 from celery_dlx.brokers.rabbitmq.framing import encode_properties, encode_table
+from celery_dlx.brokers.rabbitmq.resting import Resting, headers_of, resting
 from celery_dlx.brokers.rabbitmq.returns import BROKER_COUNTERS, RETURNS, route_of
-from celery_dlx.brokers.rabbitmq.splicing import spliced
+from celery_dlx.brokers.rabbitmq.splicing import layout, says_user, spliced
 from celery_dlx.errors import UsageError
+from celery_dlx.lazy import source_of
 from celery_dlx.letters import HEADER, UNDECODED, DeadLetter, Original, clip, read_broker_death, read_record, stable_id
 from celery_dlx.policy.settings import Policy
 from celery_dlx.replaying import BROKER_HEADERS, CHANGED, revive, revive_expiration, revive_headers
@@ -22,6 +24,7 @@ from celery_dlx.replaying import BROKER_HEADERS, CHANGED, revive, revive_expirat
 _COUNTERS = frozenset((*BROKER_COUNTERS, RETURNS))
 #: What a replay does not carry, as it is encoded.
 _DROPPED = frozenset(name.encode() for name in (*BROKER_HEADERS, *_COUNTERS, HEADER))
+_CHANGED, _UNDECODED = [name.encode() for name in CHANGED], UNDECODED.encode()
 #: Room left in the header frame for what we do not measure, in bytes (frame overhead and the method's own arguments).
 _HEADROOM = 1024
 #: Lengths a traceback is cut to, in characters, until it fits: a frame is 128 KiB by default, and may be 8 KiB.
@@ -120,6 +123,8 @@ def _fit(record: dict[str, Any], room: int) -> dict[str, Any]:
 
 def letter_of(raw: amqp.Message | Taken, queue: str, dlq: str) -> DeadLetter:
     """The letter that a message in a DLQ is, whoever put it there."""
+    if isinstance(raw, Taken) and (late := resting(raw, queue, dlq, original_of)) is not None:
+        return late
     original = original_of(raw)
     record = original.headers.get(HEADER)
     if isinstance(record, Mapping) and record.get("reason"):
@@ -182,17 +187,23 @@ def revived_bytes(raw: Taken, letter: DeadLetter, user: str | None, replay: str 
 
     ``None`` where `revived` has to look closer: at what was stripped, edited, undecodable, or changes in its place.
     """
-    properties, headers = letter.original.properties, letter.original.headers
-    if letter.stripped or letter.edited is not None or UNDECODED in headers:
+    if letter.stripped or letter.edited is not None:
         return None
-    if properties.get("user_id", user) != user:
+    source = source_of(letter)
+    found = source.layout if isinstance(source, Resting) else layout(raw.content)
+    if found is None or _UNDECODED in found.spans:
         return None
-    few = {key: headers[key] for key in CHANGED if key in headers}
+    if not isinstance(source, Resting) and UNDECODED in letter.original.headers:
+        return None
+    if says_user(raw.content) and letter.original.properties.get("user_id") != user:
+        return None
+    few = headers_of(raw.content, found, _CHANGED)
+    if few is None:
+        return None
     new, changes = revive(few, letter, replay=replay)
     if changes:
         return None
-    content = spliced(raw.content, _DROPPED, {HEADER: new[HEADER]})
-    return None if content is None else (content, changes)
+    return spliced(raw.content, found, _DROPPED, {HEADER: new[HEADER]}), changes
 
 
 def revived(letter: DeadLetter, user: str | None, replay: str | None = None) -> tuple[amqp.Message, list[str]]:

@@ -1,40 +1,50 @@
-"""Takes headers out of encoded properties, and puts others in; all other bytes stay as they are."""
+"""Finds headers in encoded properties, takes some out and puts others in; all other bytes stay as they are."""
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Mapping, Set
 from struct import Struct
 from struct import error as StructError
-from typing import Any
+from typing import Any, NamedTuple
 
 from celery_dlx.brokers.rabbitmq.framing import encode_table
 
 _SIZE = Struct(">I")
-#: Flags of the properties that stand before the headers, of the headers, and of more flags (AMQP 0-9-1, class `basic`).
-_BEFORE, _HEADERS, _MORE = (0x8000, 0x4000), 0x2000, 0x0001
+#: Flags of the properties before the headers, of the headers, the user id, and of more flags (AMQP 0-9-1, class `basic`).
+_BEFORE, _HEADERS, _USER, _MORE = (0x8000, 0x4000), 0x2000, 0x0010, 0x0001
 #: Bytes that values of a fixed size take, by type; and types whose values say their size. Of others nothing is sure.
 _FIXED = {ord(kind): size for kind, size in zip("VtbBUuIifDlLdT", (0, 1, 1, 1, 2, 2, 4, 4, 4, 5, 8, 8, 8, 8), strict=True)}
 _SIZED = frozenset(b"SFAx")
 
 
-def spliced(content: bytes, drop: Container[bytes], add: Mapping[str, Any]) -> bytes | None:
-    """The properties without the headers of some names, and with more at their end; ``None``: they cannot be told apart."""
+class Layout(NamedTuple):
+    """Where encoded properties have their headers: begin and end of the entries; by name, begin of its entry, of its typed
+    value, and the end of both. The size of the table stands before."""
+
+    begin: int
+    end: int
+    spans: dict[bytes, tuple[int, int, int]]
+
+
+def layout(content: bytes) -> Layout | None:
+    """``None``: there are no headers, one stands there twice, or they cannot be told apart."""
     try:
-        return _spliced(content, drop, encode_table(add)[_SIZE.size :])
+        return _layout(content)
     except (IndexError, ValueError, StructError):
         return None
 
 
-def _spliced(content: bytes, drop: Container[bytes], add: bytes) -> bytes | None:
+def _layout(content: bytes) -> Layout | None:
     flags, at = content[0] << 8 | content[1], 2
     if not flags & _HEADERS or flags & _MORE:
         return None
     for flag in _BEFORE:
         if flags & flag:
             at += 1 + content[at]
-    begin = kept = at + _SIZE.size
+    begin = at + _SIZE.size
     end = begin + int.from_bytes(content[at:begin], "big")
-    head, parts, fixed, size_at = content[:at], [], _FIXED, _SIZE.unpack_from
+    spans: dict[bytes, tuple[int, int, int]] = {}
+    count, fixed, size_at = 0, _FIXED, _SIZE.unpack_from
     at = begin
     while at < end:
         stop = at + 1 + content[at]
@@ -45,12 +55,25 @@ def _spliced(content: bytes, drop: Container[bytes], add: bytes) -> bytes | None
             after = stop + 1 + fixed[kind]
         else:
             return None
-        if content[at + 1 : stop] in drop:
-            parts.append(content[kept:at])
-            kept = after
+        spans[content[at + 1 : stop]] = at, stop, after
+        count += 1
         at = after
-    if at != end or end > len(content):
+    if at != end or end > len(content) or count != len(spans):
         return None
-    parts += (content[kept:end], add)
+    return Layout(begin, end, spans)
+
+
+def says_user(content: bytes) -> bool:
+    """Whether encoded properties have a ``user_id``."""
+    return bool(content[1] & _USER)
+
+
+def spliced(content: bytes, found: Layout, drop: Set[bytes], add: Mapping[str, Any]) -> bytes:
+    """The properties without the headers of some names, and with more at their end."""
+    parts, kept = [], found.begin
+    for at, _, after in sorted(found.spans[name] for name in found.spans.keys() & drop):
+        parts.append(content[kept:at])
+        kept = after
+    parts += (content[kept : found.end], encode_table(add)[_SIZE.size :])
     table = b"".join(parts)
-    return b"".join((head, _SIZE.pack(len(table)), table, content[end:]))
+    return b"".join((content[: found.begin - _SIZE.size], _SIZE.pack(len(table)), table, content[found.end :]))

@@ -1,0 +1,78 @@
+"""A letter as it rests in a DLQ, read as far as somebody asks: most are only told apart, grouped or sent back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from celery_dlx.brokers.rabbitmq.decoding import decode_value
+from celery_dlx.brokers.rabbitmq.deliveries import Taken
+from celery_dlx.brokers.rabbitmq.splicing import Layout, layout
+from celery_dlx.lazy import unread
+from celery_dlx.letters import DESCRIBED, HEADER, RECORDED, DeadLetter, Original, describe
+
+_RECORD = HEADER.encode()
+_DESCRIBED = [name.encode() for name in DESCRIBED]
+#: What nearly everybody asks for.
+_COMMON = ("id", "queue", "reason", "fingerprint", "replays", "deaths", "stripped", "died_at")
+
+
+class Resting:
+    """A letter's bytes, with where its headers are and its record; says what each field of the letter is.
+
+    ``queue`` is whose DLQ it lies in, for records that do not say so; ``original_of`` decodes all of it.
+    """
+
+    __slots__ = ("_original_of", "layout", "queue", "raw", "record")
+
+    def __init__(
+        self, raw: Taken, found: Layout, record: dict[str, Any], queue: str, original_of: Callable[[Taken], Original]
+    ) -> None:
+        self.raw, self.layout, self.record, self.queue, self._original_of = raw, found, record, queue, original_of
+
+    def __call__(self, name: str) -> dict[str, Any]:
+        if name in _COMMON:
+            record = self.record
+            found = {each: RECORDED[each](record) for each in _COMMON}
+            found["queue"] = found["queue"] or self.queue
+            return found
+        read = RECORDED.get(name)
+        if read is not None:
+            return {name: read(self.record)}
+        if name == "original":
+            return {name: self._original()}
+        return self._described()
+
+    def _described(self) -> dict[str, Any]:
+        headers = headers_of(self.raw.content, self.layout, _DESCRIBED) if b"task" in self.layout.spans else None
+        return describe(self._original() if headers is None else Original(headers=headers))
+
+    def _original(self) -> Original:
+        original = self._original_of(self.raw)
+        original.headers = {key: value for key, value in original.headers.items() if key != HEADER}
+        original.exchange = str(self.record.get("exchange") or "")
+        original.routing_key = str(self.record.get("routing_key") or "")
+        return original
+
+
+def headers_of(content: bytes, found: Layout, names: list[bytes]) -> dict[str, Any] | None:
+    """Those of some headers that are there; ``None`` if one cannot be decoded."""
+    headers = {}
+    try:
+        for name in names:
+            if (span := found.spans.get(name)) is not None:
+                headers[name.decode()] = decode_value(content, span[1], span[2])
+    except ValueError:
+        return None
+    return headers
+
+
+def resting(raw: Taken, queue: str, dlq: str, original_of: Callable[[Taken], Original]) -> DeadLetter | None:
+    """The letter that a message is, if it has a record of ours; nothing else of it is decoded before it is asked for."""
+    found = layout(raw.content)
+    if found is None or (headers := headers_of(raw.content, found, [_RECORD])) is None:
+        return None
+    record = headers.get(HEADER)
+    if not isinstance(record, dict) or not record.get("reason") or not record.get("id"):
+        return None
+    return unread(DeadLetter, Resting(raw, found, record, queue, original_of), {"dlq": dlq, "edited": None})
