@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import redis
@@ -22,6 +22,8 @@ _SLIM_TRACEBACK = 512
 _MOST_REPORTS = 100_000
 #: Reports read at once.
 _MOST_READ = 500
+#: Letters that one script stores, and bytes of messages after which it takes no more.
+_MOST_CAPTURED, _BYTES_CAPTURED = 25, 262_144
 
 
 def item_of(letter: DeadLetter) -> bytes:
@@ -77,6 +79,32 @@ class Trimmed(NamedTuple):
     evicted: int
 
 
+def _lots(letters: Sequence[Capture]) -> Iterator[list[Capture]]:
+    """Letters of one DLQ and its caps that follow each other, a few to a script: the server does nothing else meanwhile."""
+    lot: list[Capture] = []
+    size = 0
+    for given in letters:
+        same = lot and (given.letter.queue, given.settings) == (lot[0].letter.queue, lot[0].settings)
+        if lot and not (same and len(lot) < _MOST_CAPTURED and size < _BYTES_CAPTURED):
+            yield lot
+            lot, size = [], 0
+        lot.append(given)
+        size += len(given.item)
+    if lot:
+        yield lot
+
+
+def _together(lot: Sequence[Capture]) -> list[Any]:
+    """Arguments of one script; two for all letters, for redis-py handles each for itself."""
+    numbers: list[str] = []
+    parts: list[bytes] = []
+    for letter, _, _, _, item in lot:
+        told = bytes_of(letter.id), to_json(letter).encode("utf-8", "surrogatepass"), letter.reason.encode(), item
+        numbers += (str(len(part)) for part in told)
+        parts += told
+    return [*_caps(lot[0].settings), " ".join(numbers), b"".join(parts)]
+
+
 def _moved(answer: Any) -> Moved:
     looked, stayed, unfit = answer
     return Moved(int(looked), set(map(text_of, stayed)), set(map(text_of, unfit)))
@@ -89,7 +117,7 @@ def _caps(settings: QueueSettings) -> list[int]:
 class LetterStore:
     """Scripts over one Redis database. ``client`` must not prefix keys: this does, for scripts prefix only the first."""
 
-    NAMES = ("capture", "discard", "import", "purge", "replay", "trim")
+    NAMES = ("capture", "captures", "discard", "import", "purge", "replay", "trim")
 
     def __init__(self, client: Any, prefix: str, policy: Policy) -> None:
         self.client = client
@@ -111,13 +139,13 @@ class LetterStore:
 
     # -- letters
 
-    def _call(self, given: Capture, force: str = "", client: Any = None) -> Any:
+    def _call(self, given: Capture, force: str = "") -> Any:
         letter, settings = given.letter, given.settings
         unacked, index, tag = given.delivery or ("", "", "")
         deliveries = deliveries_key(self.prefix, letter.queue)
         keys = [*self.keys(letter.queue), self.prefix + unacked, self.prefix + index, deliveries]
         args = [letter.id, to_json(letter), letter.reason, *_caps(settings), force, tag, given.own_tag, given.item]
-        return self._scripts["capture"](keys=keys, args=args, client=client)
+        return self._scripts["capture"](keys=keys, args=args)
 
     def capture(self, given: Capture) -> bool:
         """Store a letter. A full server gets a slim record by force: the payload is in its memory already, or has no
@@ -136,17 +164,19 @@ class LetterStore:
         return bool(self._call(given, force="1"))
 
     def capture_all(self, letters: Sequence[Capture]) -> None:
-        """Store letters in one round trip; each by a script of its own, as `capture` does.
+        """Store letters that no delivery holds, in one round trip, as `capture` does.
 
         Raises:
-            redis.exceptions.RedisError: at least the first was not stored. All may be tried again: the ids are the same.
+            redis.exceptions.RedisError: some were not stored. All may be tried again: the ids are the same.
         """
+        lots = list(_lots(letters))
         pipe = self.client.pipeline(transaction=False)
-        for given in letters:
-            self._call(given, client=pipe)
-        for given, answer in zip(letters, pipe.execute(raise_on_error=False), strict=True):
+        for lot in lots:
+            self._scripts["captures"](keys=self.keys(lot[0].letter.queue), args=_together(lot), client=pipe)
+        for lot, answer in zip(lots, pipe.execute(raise_on_error=False), strict=True):
             if isinstance(answer, Exception):
-                self.capture(given)  # by itself: it may have to be forced
+                for given in lot:
+                    self.capture(given)  # by itself: it may have to be forced
 
     def trim(self, queue: str, settings: QueueSettings) -> Trimmed:
         """Keep a DLQ within its caps, by a bounded step."""

@@ -7,6 +7,7 @@
 -- include item
 -- include causes
 -- include retention
+-- include letter
 local payload = ARGV[10]
 if ARGV[8] ~= '' then
   local entry = redis.call('HGET', KEYS[5], ARGV[8])
@@ -19,25 +20,11 @@ end
 -- A full server refuses the first write that needs memory, and with it the whole script; after any other write it
 -- refuses nothing (https://redis.io/docs/latest/commands/eval/). Forced, such a write comes first.
 if ARGV[7] == '1' then redis.call('HDEL', KEYS[4], '') end
-local before = redis.call('HGET', KEYS[3], ARGV[1])
-if before then leave(ARGV[1], before) end
-local bytes = #payload - redis.call('HSTRLEN', KEYS[2], ARGV[1])
-redis.call('HSET', KEYS[2], ARGV[1], payload)
-redis.call('HSET', KEYS[3], ARGV[1], ARGV[2])
-local now = redis.call('TIME')
-local ms = now[1] * 1000 + math.floor(now[2] / 1000)
--- Milliseconds with their fraction, as text (Lua's own numbers lose digits on the way): letters of one millisecond keep
--- their order.
-local score = string.format('%d.%03d', ms, now[2] % 1000)
-redis.call('ZADD', KEYS[1], score, ARGV[1])
-enter(ARGV[1], score, ARGV[2])
+add(ARGV[1], ARGV[2], ARGV[3], payload, 0)
 if ARGV[8] ~= '' then
   redis.call('HDEL', KEYS[5], ARGV[8])
   redis.call('ZREM', KEYS[6], ARGV[8])
 end
 if ARGV[9] ~= '' then redis.call('HDEL', KEYS[7], ARGV[9], ARGV[9] .. ':started') end
-redis.call('HINCRBY', KEYS[4], 'captured', 1)
-redis.call('HINCRBY', KEYS[4], 'reason:' .. ARGV[3], 1)
-redis.call('HINCRBY', KEYS[4], 'bytes', bytes)
 keep_within(tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6]))
 return 1
