@@ -1,9 +1,10 @@
-"""Redis puts lineages into messages itself: what comes out is what would be written message by message."""
+"""Scripts over many letters: what they store is what was given, what they send back is what would be written one by one."""
 
 from __future__ import annotations
 
 import json
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 from uuid import uuid4
 
@@ -17,7 +18,7 @@ from celery_dlx.brokers.redis.letters import original_of
 from celery_dlx.brokers.redis.revival import revived, told
 from celery_dlx.brokers.redis.store import Capture
 from celery_dlx.brokers.redis.stored import letter_of
-from celery_dlx.letters import HEADER, Death, compose
+from celery_dlx.letters import HEADER, Death, Original, compose
 from celery_dlx.policy.settings import Policy
 from celery_dlx.replaying import BROKER_HEADERS
 
@@ -209,3 +210,51 @@ def test_a_server_that_forgot_its_scripts(redis_server):
 def test_all_headers_of_brokers_begin_as_the_script_expects():
     assert all(name.startswith("x-") for name in (HEADER, *BROKER_HEADERS))
     assert told(letter_of(b"{}", None, 0.0, "q.dlq", "a", "q")) is None  # no task id: perhaps no message
+
+
+def test_letters_that_are_stored_together(redis_server):
+    """By few scripts; in their order; each with its own record, though they have one time."""
+    client = redis.Redis.from_url(redis_server.url)
+    with stored(redis_server.url, {}) as (dead, queue, store, _):
+        settings = dead.policy.settings(queue)
+        items = [
+            json.dumps(envelope({"argsrepr": f"({number}, 'ü')"}, {"delivery_tag": str(number)})) for number in range(120)
+        ]
+        letters = [compose(Death("failure", queue, 0), original_of(item.encode()), f"{queue}.dlq") for item in items]
+        client.config_resetstat()
+        store.capture_all([Capture(letter, settings, item=letter.original.raw) for letter in letters])
+        assert client.info("commandstats")["cmdstat_evalsha"]["calls"] == 5
+        assert [letter.id for letter in dead.letters(queue)] == [letter.id for letter in letters]
+        assert [letter.args for letter in dead.letters(queue)] == [letter.args for letter in letters]
+        assert dead.get(letters[7].id).original.raw == letters[7].original.raw
+        (counted,) = dead.stats(queue)
+        assert (counted.letters, counted.extra["captured"], counted.extra["reason:failure"]) == (120, 120, 120)
+        assert counted.extra["bytes"] == sum(len(letter.original.raw) for letter in letters)
+        # Stored again, for the answer was lost: nothing is there twice.
+        store.capture_all([Capture(letter, settings, item=letter.original.raw) for letter in letters[:30]])
+        assert store.reader.count(queue) == 120
+        (group,) = dead.groups(queue)
+        assert group.count == 120
+
+
+def test_letters_that_are_stored_together_keep_within_the_caps(redis_server):
+    with stored(redis_server.url, {}) as (dead, queue, store, _):
+        settings = replace(dead.policy.settings(queue), dlq_max_length=10)
+        letters = [compose(Death("failure", queue, 0), Original(b"{}", raw=b"%d" % n), f"{queue}.dlq") for n in range(60)]
+        store.capture_all([Capture(letter, settings, item=letter.original.raw) for letter in letters])
+        assert [letter.id for letter in dead.letters(queue)] == [letter.id for letter in letters[50:]]
+
+
+def test_letters_that_are_stored_together_on_a_full_server(redis_server):
+    """Refused whole, they are stored one by one, by force: their items have no other copy."""
+    client = redis.Redis.from_url(redis_server.url)
+    with stored(redis_server.url, {}) as (dead, queue, store, _):
+        letters = [compose(Death("failure", queue, 0), Original(b"{}", raw=b"%d" % n), f"{queue}.dlq") for n in range(30)]
+        client.config_set("maxmemory", client.info("memory")["used_memory"])
+        try:
+            with pytest.raises(redis.exceptions.OutOfMemoryError):
+                client.set(queue, b"")
+            store.capture_all([Capture(each, dead.policy.settings(queue), item=each.original.raw) for each in letters])
+        finally:
+            client.config_set("maxmemory", 0)
+        assert [letter.id for letter in dead.letters(queue)] == [letter.id for letter in letters]
