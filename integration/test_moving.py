@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -86,6 +87,8 @@ HARD = {
     "an escape in its content type": {**envelope(), "content-type": 'a"b'},
     "words that look like the broker's": envelope({"argsrepr": '("x-death", 1)'}),
     "other keys after it": envelope(more=1),
+    "a broker's word, escaped": envelope({"x-death": [1]}),
+    "a letter beyond ASCII that is escaped like one": envelope({"argsrepr": "\x1f\x7f"}),
     "other order": dict(reversed(envelope().items())),
 }
 #: As bytes: not as kombu writes them.
@@ -95,6 +98,8 @@ RAW = {
     "as UTF-16": json.dumps(envelope()).encode("utf-16"),
     "a key twice": json.dumps(envelope()).replace('"retries": 0', '"retries": 0, "retries": 2').encode(),
     "no envelope": b'{"body": "", "content-encoding": "", "content-type": "", "headers": {oops}, "properties": {}}',
+    "a key that is escaped": json.dumps(envelope()).replace('"expires"', '"\\u0065xpires"').replace("null", "1", 2).encode(),
+    "two headers": json.dumps(envelope()).encode()[:-1] + b', "headers": {"task": "t", "id": "i"}}',
     "cut short": json.dumps(envelope()).encode()[:-20],
     "nothing": b"",
 }
@@ -176,7 +181,7 @@ def test_large_messages_are_moved_a_few_at_a_time(redis_server):
         client.config_resetstat()
         assert {each.letter.id for each in dead.replay(queue=queue)} == set(ids.values())
         assert client.llen(queue) == 40
-        # The first page of letters is one batch: lots of three, none read by us.
+        # The first page of letters is one batch: what one script reads and writes is bounded.
         assert client.info("commandstats")["cmdstat_lpush"]["calls"] == 14
 
 
@@ -193,6 +198,79 @@ def test_what_is_begun_is_finished_when_nobody_wants_to_know(redis_server):
         assert not left & moved
         assert len(left) + len(moved) == 300
         assert {each.letter.id for each in dead.replay(queue=queue)} == left  # and the store can go on
+
+
+def test_letters_go_back_in_their_order(redis_server):
+    names = ["usual", "redelivered", "retried", "expires", "no body", "usual", "broker's words", "usual"] * 20
+    items = {str(at): json.dumps(json.loads(ITEMS[name]) | {"at": at}).encode() for at, name in enumerate(names)}
+    with stored(redis_server.url, items) as (dead, queue, _, ids):
+        assert [each.letter.id for each in dead.replay(queue=queue)] == list(ids.values())
+        found = redis.Redis.from_url(redis_server.url).lrange(queue, 0, -1)
+        assert [json.loads(item)["at"] for item in reversed(found)] == list(range(len(items)))
+
+
+def test_what_moved_is_told_also_if_the_next_cannot_be_read(redis_server):
+    items = {str(number): ITEMS["usual"] for number in range(300)}
+    with stored(redis_server.url, items) as (dead, queue, _, _ids):
+        told = []
+
+        def fails(letter: Any) -> bool:
+            if len(seen) == 200:
+                raise KeyboardInterrupt
+            seen.append(letter.id)
+            return True
+
+        seen: list[str] = []
+        with pytest.raises(KeyboardInterrupt):
+            for each in dead.broker.replay(queue, fails):
+                told.append(each.letter.id)
+        left = {letter.id for letter in dead.letters(queue)}
+        assert len(told) == 192
+        assert len(left) == 108
+        assert not left & set(told)
+
+
+def test_connections_that_end_while_nobody_reads(redis_server):
+    """Between pages nothing is held: whoever takes his time finds a connection that lives."""
+    client = redis.Redis.from_url(redis_server.url)
+    items = {str(number): ITEMS["usual"] for number in range(1_500)}
+    with stored(redis_server.url, items) as (dead, queue, _, ids):
+        for step in (dead.letters, lambda queue: (each.letter for each in dead.replay(queue=queue))):
+            seen = []
+            for letter in step(queue):
+                seen.append(letter.id)
+                if len(seen) % 300 == 0:
+                    client.client_kill_filter(_type="normal", skipme=True)
+            assert seen == list(ids.values())
+
+
+def test_more_causes_than_connections(redis_server):
+    with stored(redis_server.url, {}) as (dead, queue, store, _):
+        letters = []
+        for number in range(30 * 300):
+            item = json.dumps(envelope({"task": f"shop.t{number % 30}"}, {"delivery_tag": str(number)})).encode()
+            letters.append(compose(Death("failure", queue, 0), original_of(item), f"{queue}.dlq"))
+        store.capture_all([Capture(each, dead.policy.settings(queue), item=each.original.raw) for each in letters])
+        expected = [letter.id for letter in letters]
+        assert [letter.id for letter in dead.letters(queue, task="shop.*")] == expected
+        side_by_side = [dead.letters(queue) for _ in range(20)]
+        assert all(len({next(each).id for each in side_by_side}) == 1 for _ in range(700))
+        assert [each.letter.id for each in dead.replay(queue=queue, task="shop.*")] == expected
+
+
+def test_two_threads_replay_through_one_reader(redis_server):
+    items = {str(number): ITEMS["usual"] for number in range(2_000)}
+    with stored(redis_server.url, items) as (dead, queue, store, ids):
+        other = f"{queue}2"
+        store.announce(other)
+        settings = dead.policy.settings(other)
+        letters = [compose(Death("failure", other, 0), original_of(item), f"{other}.dlq") for item in items.values()]
+        for number, letter in enumerate(letters):
+            letter.id = str(number)
+        store.capture_all([Capture(letter, settings, item=letter.original.raw) for letter in letters])
+        with ThreadPoolExecutor(2) as pool:
+            both = pool.map(lambda name: [each.letter.id for each in dead.replay(queue=name)], [queue, other])
+        assert list(both) == [list(ids.values()), [letter.id for letter in letters]]
 
 
 def test_a_server_that_forgot_its_scripts(redis_server):

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from itertools import islice
 from time import monotonic
-from typing import Any
+from typing import Any, NamedTuple
 
-from amqp.exceptions import ChannelError, NotFound
+from amqp.exceptions import NotFound
 
 from celery_dlx.brokers.base import Match, QueueStats, Replayed, Run
 from celery_dlx.brokers.rabbitmq.browse import letters_in, set_aside
@@ -24,11 +24,11 @@ from celery_dlx.brokers.rabbitmq.letters import exported, imported, letter_of, r
 from celery_dlx.brokers.rabbitmq.management import management_of
 from celery_dlx.brokers.rabbitmq.pipeline import REFUSED, RETURNED, STORED, ConfirmPipeline
 from celery_dlx.brokers.rabbitmq.reader import Reader
+from celery_dlx.brokers.rabbitmq.reports import Reports
 from celery_dlx.brokers.rabbitmq.unreachable import connected
 from celery_dlx.errors import ReplayError, UnsafeQueueError
 from celery_dlx.letters import DeadLetter
 from celery_dlx.policy.settings import BUILT_IN, Policy
-from celery_dlx.replaying import REPORT_SECONDS, read_report, report_queue
 from celery_dlx.selection import Selection
 from celery_dlx.topology.arguments import dlq_arguments, version_tuple
 from celery_dlx.topology.plan import finite_delivery_limit
@@ -39,6 +39,8 @@ logger = logging.getLogger("celery_dlx")
 WINDOW = 1_000
 #: Encoded messages are handed over at this size, in bytes: the broker has work while the next ones are read.
 _WRITE_BYTES = 262_144
+#: Bytes of bodies in flight after which nothing more is sent before these are settled.
+_HELD_BYTES = 67_108_864
 #: How often letters that are missing are looked for again.
 _LOOKS = 5
 #: Waiting for confirms, in seconds.
@@ -52,6 +54,14 @@ class _InFlight:
         self.letter, self.raw, self.changes, self.to = letter, raw, changes, to
         self.key = letter.id
         self.outcome: str | None = None
+
+
+class _Failed(NamedTuple):
+    """A letter that stays: its id, the queue it was to go to, and why; not its bytes."""
+
+    id: str
+    to: str
+    why: str
 
 
 def _again(reader: Reader, run: Run) -> Iterator[Any]:
@@ -81,9 +91,7 @@ class RabbitMQBroker:
         #: Read also where reading may delete.
         self.insist = False
         self._safe: set[str] = set()
-        self._reports: Any = None
-        self._unwatchable: set[str] = set()
-        self._reported = 0
+        self._reports = Reports(self._connection)
 
     def _connection(self) -> Any:
         if self._open is not None:
@@ -113,7 +121,9 @@ class RabbitMQBroker:
         few = None if limit is None or page.newest else max(limit, 1 if match is None else WINDOW)
         return letters_in(self._reader(queue, dlq, few=few), queue, dlq, page, limit)
 
-    def _reader(self, queue: str, dlq: str, connection: Any = None, few: int | None = None) -> Reader:
+    def _reader(
+        self, queue: str, dlq: str, connection: Any = None, few: int | None = None, *, settles: bool = False
+    ) -> Reader:
         """A reader of a DLQ that can be read without harm.
 
         Raises:
@@ -123,7 +133,7 @@ class RabbitMQBroker:
         if not self.insist and dlq not in self._safe:
             self._check_safe(connection, queue, dlq)
             self._safe.add(dlq)
-        return Reader(connection, dlq, few)
+        return Reader(connection, dlq, few, settles=settles)
 
     def _check_safe(self, connection: Any, queue: str, dlq: str) -> None:
         version = version_tuple(connection.connection.server_properties.get("version"))
@@ -162,7 +172,7 @@ class RabbitMQBroker:
         # A connection of its own for publishing: under an alarm it blocks, and the reader must still acknowledge.
         with self._connect() as publishing:
             publishing.connect()
-            reader = self._reader(queue, dlq, connection)
+            reader = self._reader(queue, dlq, connection, settles=True)
             try:
                 yield from self._replay(reader, publishing, queue, dlq, match, limit, run or Run())
             finally:
@@ -173,13 +183,17 @@ class RabbitMQBroker:
     ) -> Iterator[Replayed]:
         done: deque[_InFlight] = deque()
 
+        held = 0
+
         def on_outcome(token: _InFlight, outcome: str) -> None:
+            nonlocal held
             token.outcome = outcome
+            held -= len(token.raw.body)
             done.append(token)
 
         deliveries_of(publishing.connection)  # confirms are read in large pieces too
         pipeline = ConfirmPipeline(publishing.connection, on_outcome)
-        failed: list[_InFlight] = []
+        failed: list[_Failed] = []
         user, taken, window = publishing.userid, 0, min(run.batch or WINDOW, WINDOW)
         for raw in _again(reader, run):
             if run.stop():
@@ -198,17 +212,17 @@ class RabbitMQBroker:
                     message, changes = revived(letter, user, run.replay)
                     pipeline.publish(_InFlight(letter, raw, changes, to), message, "", to)
             except ReplayError as exc:
-                failed.append(_InFlight(letter, raw, [], to))
-                failed[-1].outcome = str(exc)
+                failed.append(_Failed(letter.id, to, str(exc)))
                 continue
             except Exception as exc:  # noqa: BLE001 - this one cannot be sent; the others can
-                failed.append(_InFlight(letter, raw, [], to))
-                failed[-1].outcome = f"it cannot be encoded ({exc})"
+                failed.append(_Failed(letter.id, to, f"it cannot be encoded ({exc})"))
                 continue
-            taken += 1
+            taken, held = taken + 1, held + len(raw.body)
             if pipeline.unwritten >= _WRITE_BYTES:
                 pipeline.write()
-            if pipeline.unconfirmed >= window or not reader.ready():
+            if held >= _HELD_BYTES:
+                self._await(pipeline, 0)
+            elif pipeline.unconfirmed >= window or not reader.ready():
                 self._await(pipeline, window // 2)
             yield from self._settle(reader, done, failed)
             if limit is not None and taken >= limit:
@@ -218,9 +232,9 @@ class RabbitMQBroker:
         if failed:
             first = failed[0]
             known = {RETURNED: f"queue {first.to!r} does not exist", REFUSED: "the broker refused it"}
-            why = known.get(str(first.outcome), str(first.outcome))
+            why = known.get(first.why, first.why)
             raise ReplayError(
-                f"{len(failed)} letters stay in {dlq!r}, the first is {first.letter.id}: {why}; create the queue "
+                f"{len(failed)} letters stay in {dlq!r}, the first is {first.id}: {why}; create the queue "
                 "(start its worker) and replay again"
             )
 
@@ -239,9 +253,9 @@ class RabbitMQBroker:
             pipeline.read(timeout=1.0)
 
     @staticmethod
-    def _settle(reader: Reader, done: deque[_InFlight], failed: list[_InFlight]) -> Iterator[Replayed]:
+    def _settle(reader: Reader, done: deque[_InFlight], failed: list[_Failed]) -> Iterator[Replayed]:
         stored = [token for token in done if token.outcome == STORED]
-        failed.extend(token for token in done if token.outcome != STORED)
+        failed.extend(_Failed(token.key, token.to, str(token.outcome)) for token in done if token.outcome != STORED)
         done.clear()
         if stored:
             # All of them before the first is given out: whoever stops listening must not leave them in both places.
@@ -264,35 +278,11 @@ class RabbitMQBroker:
                 ids = set()  # what came meanwhile is not ours
             reader = again
 
-    # -- what becomes of replayed messages: workers publish it to a queue of the replay's own
-
     def watch(self, replay: str) -> None:
-        with SideChannel(self._connection().connection) as side:
-            try:
-                side.channel.queue_declare(
-                    report_queue(replay), durable=True, auto_delete=False, arguments={"x-expires": REPORT_SECONDS * 1000}
-                )
-            except ChannelError as exc:
-                logger.warning("what becomes of replayed letters cannot be watched: %s", exc.reply_text)
+        self._reports.watch(replay)
 
     def outcomes(self, replay: str) -> list[dict[str, Any]]:
-        if replay in self._unwatchable:
-            return []
-        if self._reports is None or not self._reports.is_open:
-            self._reports, self._reported = self._connection().channel(), 0
-        if self._reported:
-            self._reports.basic_ack(self._reported, multiple=True)
-            self._reported = 0
-        found: list[dict[str, Any]] = []
-        try:
-            while len(found) < WINDOW and (raw := self._reports.basic_get(report_queue(replay))) is not None:
-                self._reported = raw.delivery_tag
-                found.append(read_report(raw.body))
-        except ChannelError as exc:  # not there, or not for this user: what becomes of the letters stays unknown
-            logger.debug("no reports: %s", exc.reply_text)
-            self._unwatchable.add(replay)
-            self._reported = 0  # its channel is closed
-        return found
+        return self._reports.read(replay)
 
     def export(self, queue: str, match: Match, limit: int | None = None) -> Iterator[dict[str, Any]]:
         dlq = self._policy.dlq(queue)
@@ -356,7 +346,7 @@ class RabbitMQBroker:
 
     def discard(self, queue: str, match: Match, limit: int | None = None) -> Iterator[DeadLetter]:
         dlq = self._policy.dlq(queue)
-        reader, taken = self._reader(queue, dlq), 0
+        reader, taken, held = self._reader(queue, dlq, settles=True), 0, 0
         try:
             batch: list[tuple[Any, DeadLetter]] = []
             for raw in reader:
@@ -364,10 +354,10 @@ class RabbitMQBroker:
                 if not match(letter):
                     continue
                 batch.append((raw, letter))
-                taken += 1
-                if len(batch) >= WINDOW or taken == limit:
+                taken, held = taken + 1, held + len(raw.body)
+                if len(batch) >= WINDOW or held >= _HELD_BYTES or taken == limit:
                     yield from self._discard(reader, batch)
-                    batch = []
+                    batch, held = [], 0
                 if taken == limit:
                     break
             yield from self._discard(reader, batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,40 +10,70 @@ import redis
 
 
 class Aside:
-    """One script over a connection of its own, one call at a time. Closing it drops what was not answered yet, which happens
-    or not."""
+    """Calls of one script, one at a time. Closing it drops what was not answered yet, which happens or not.
 
-    def __init__(self, client: Any, script: Any) -> None:
-        self._client, self._script = client, script
-        self._connection: Any = None
-        self._waits = False
+    ``again``: it only reads, and may be called once more where its connection broke. ``permit``: who holds it has a call
+    under way; the others wait for their answers at once, for connections are few.
+    """
+
+    def __init__(self, client: Any, script: Any, *, again: bool = False, permit: threading.Lock | None = None) -> None:
+        self._client, self._script, self._again = client, script, again
+        self._permit = permit if permit is not None else threading.Lock()
+        #: A connection of its own, while an answer is to come: between calls the caller may be busy for so long that a
+        #: server closes it, which the pool would see.
+        self._own: Any = None
 
     def begin(self, keys: Sequence[Any], args: Sequence[Any]) -> Callable[[], Any]:
         """Send a call; what this returns waits for the answer."""
-        if self._connection is None:
-            pool = self._client.connection_pool
-            self._connection = redis.Redis(connection_pool=pool, single_connection_client=True)
-        own = self._connection
-        own.connection.send_command("EVALSHA", self._script.sha, len(keys), *keys, *args)
-        self._waits = True
+
+        def plain() -> Any:
+            return self._script(keys=keys, args=args)
+
+        if not self._permit.acquire(blocking=False):
+            return plain
+        try:
+            self._own = own = redis.Redis(connection_pool=self._client.connection_pool, single_connection_client=True)
+        except BaseException as exc:
+            self._permit.release()
+            if isinstance(exc, redis.exceptions.ConnectionError):
+                return plain  # as many are in use as there may be; or Redis is gone, which this says, too
+            raise
 
         def finish() -> Any:
             try:
                 answer = own.parse_response(own.connection, "EVALSHA")
             except redis.exceptions.NoScriptError:
-                answer = self._script(keys=keys, args=args)
+                answer = plain()
             except redis.exceptions.ResponseError:
-                self._waits = False
+                self._release()
                 raise
-            self._waits = False
+            except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, OSError):
+                self.close()
+                if not self._again:
+                    raise
+                return plain()
+            self._release()
             return answer
 
+        try:
+            own.connection.send_command("EVALSHA", self._script.sha, len(keys), *keys, *args)
+        except BaseException as exc:
+            self.close()
+            if self._again and isinstance(exc, (redis.exceptions.RedisError, OSError)):
+                return plain
+            raise
         return finish
 
-    def close(self) -> None:
+    def _release(self) -> None:
         """The connection goes back to its pool."""
-        if self._connection is not None:
-            if self._waits:
-                self._connection.connection.disconnect()
-            self._connection.close()
-            self._connection, self._waits = None, False
+        own, self._own = self._own, None
+        if own is not None:
+            try:
+                own.close()
+            finally:
+                self._permit.release()
+
+    def close(self) -> None:
+        if self._own is not None:
+            self._own.connection.disconnect()
+            self._release()

@@ -214,6 +214,11 @@ class RedisBroker:
             while not run.stop() and (batch := list(islice(chosen, mover.size))):
                 yield from mover.send(batch)
             yield from mover.finish()
+        except GeneratorExit:
+            raise
+        except BaseException:
+            yield from mover.finish()  # what was under way when the next letters could not be read, or at Ctrl-C
+            raise
         finally:
             mover.close()
         mover.check()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import lru_cache, partial
 from typing import Any
 
 import redis
@@ -25,17 +25,17 @@ _BATCH = 64
 #: Bytes of messages that are sent to one script, unless one message has more.
 _BYTES = 1_000_000
 
-#: Moves by the ids of their letters, with what is said of each that moved.
-_Chosen = dict[str, tuple[Move, Replayed]]
+#: A letter as it was read.
+_Read = tuple[Found, DeadLetter]
 
 
 @dataclass
 class _Pending:
     """A batch whose first lot may have been sent (``began`` waits for the answer)."""
 
-    batch: list[tuple[Found, DeadLetter]]
-    easy: _Chosen
-    by_hand: list[tuple[Found, DeadLetter]]
+    batch: list[_Read]
+    moves: list[Move]
+    replayed: dict[str, Replayed]
     lot: list[Move]
     began: Callable[[], Moved] | None
 
@@ -50,9 +50,10 @@ class Mover:
         self._store, self._queue, self._dlq, self._list_key, self._run = store, queue, dlq, list_key, run
         self.size = min(run.batch or _BATCH, _BATCH)
         self._unfit: list[str] = []
+        self._aside = store.aside()
         self._pending: _Pending | None = None
         #: Of the same few queues and priorities again and again.
-        self._easy_key = cache(lambda to, priority: list_key(to, {"properties": {"priority": priority}}))
+        self._easy_key = lru_cache(256)(lambda to, priority: list_key(to, {"properties": {"priority": priority}}))
 
     def check(self) -> None:
         """Raises:
@@ -62,63 +63,68 @@ class Mover:
             more = f" (and {len(self._unfit) - 1} more)" * (len(self._unfit) > 1)
             raise ReplayError(f"{self._unfit[0]}{more}")
 
-    def send(self, batch: list[tuple[Found, DeadLetter]]) -> Iterator[Replayed]:
-        """Move letters; yields those that moved, if they are not to be yielded later.
+    def send(self, batch: list[_Read]) -> Iterator[Replayed]:
+        """Move letters, in their order; yields those that moved, if they are not to be yielded later.
 
         Raises:
             StoreFullError, ReplayError: nothing of what was not yielded has moved, but for letters sent before.
         """
-        easy: _Chosen = {}
-        by_hand = []
+        moves: list[Move] = []
+        replayed = {}
         for found, letter in batch:
-            if self._run.edit is None and (known := told(letter, self._run.replay)) is not None:
-                lineage, priority, retries = known
-                to = self._run.to or letter.queue
-                list_key = self._easy_key(to, priority)
-                changes = [f"retries {retries} → 0"] if retries else []
-                move = Move(found.id, found.score, list_key, lineage, priority, retries)
-                easy[found.id] = (move, Replayed(letter, to, changes))
-            else:
-                by_hand.append((found, letter))
+            if self._run.edit is not None or (known := told(letter, self._run.replay)) is None:
+                moves.clear()  # one that is written here must not be overtaken
+                break
+            lineage, priority, retries = known
+            to = self._run.to or letter.queue
+            changes = [f"retries {retries} → 0"] if retries else []
+            moves.append(Move(found.id, found.score, self._easy_key(to, priority), lineage, priority, retries))
+            replayed[found.id] = Replayed(letter, to, changes)
         yield from self.finish()
-        lot = _lot([move for move, _ in easy.values()])
+        if not moves:
+            yield from self._write(batch)
+            return
+        lot = _lot(moves)
         # Redis is at work while the next letters are read, unless they have to wait for their turn.
-        began = self._store.begin_replay(self._queue, lot) if lot and self.size == _BATCH else None
-        self._pending = _Pending(batch, easy, by_hand, lot, began)
+        began = self._store.begin_replay(self._aside, self._queue, lot) if self.size == _BATCH else None
+        self._pending = _Pending(batch, moves, replayed, lot, began)
         if began is None:
             yield from self.finish()
 
     def finish(self) -> Iterator[Replayed]:
         """What was sent before comes to its end; yields what moved."""
-        if (pending := self._pending) is None:
+        pending, self._pending = self._pending, None
+        if pending is None:
             return
-        unfit: set[str] = set()
-        moves = [move for move, _ in pending.easy.values()]
-        if pending.began is not None:
-            began, pending.began = pending.began, None
-            yield from self._done(began, pending.lot, pending.easy, moves, unfit)
-        self._pending = None
-        yield from self._move(moves, pending.easy, unfit)
-        by_hand = pending.by_hand + [pair for pair in pending.batch if pair[0].id in unfit]
-        yield from self._write([pair for pair in by_hand if pair[0].item is not None])
-        missing = [found.id for found, _ in by_hand if found.item is None]
-        for lot in self._store.reader.picked(self._queue, missing, bodies=True):
-            yield from self._write(
-                [(each, letter_of(each.record, each.item, each.score, self._dlq, each.id, self._queue)) for each in lot]
-            )
+        lot, step = pending.lot, pending.began
+        while pending.moves:
+            done = self._done(step or partial(self._store.replay, self._queue, lot), lot)
+            yield from _moved(lot, done, pending.replayed)
+            del pending.moves[: done.looked]
+            if done.unfit:  # then all that come after it, too
+                left = {move.id for move in pending.moves}
+                yield from self._write([pair for pair in pending.batch if pair[0].id in left])
+                return
+            lot, step = _lot(pending.moves), None
 
     def close(self) -> None:
         """Nobody wants to know any more what becomes of letters that were sent."""
         self._pending = None
-        self._store.abandon()
+        self._aside.close()
 
-    def _write(self, batch: list[tuple[Found, DeadLetter]]) -> Iterator[Replayed]:
-        written = self._written(batch)
-        yield from self._move([move for move, _ in written.values()], written, set())
+    def _write(self, batch: list[_Read]) -> Iterator[Replayed]:
+        """Move letters whose messages are written here."""
+        if all(found.item is not None for found, _ in batch):
+            yield from self._move_written(batch)
+            return
+        for lot in self._store.reader.picked(self._queue, [found.id for found, _ in batch], bodies=True):
+            yield from self._move_written(
+                [(each, letter_of(each.record, each.item, each.score, self._dlq, each.id, self._queue)) for each in lot]
+            )
 
-    def _written(self, batch: list[tuple[Found, DeadLetter]]) -> _Chosen:
-        """The messages of letters, written anew."""
-        written = {}
+    def _move_written(self, batch: list[_Read]) -> Iterator[Replayed]:
+        moves: list[Move] = []
+        replayed = {}
         for found, letter in batch:
             if (item := found.item) is None:
                 logger.warning("letter %s of %r has no message to replay: somebody deleted it", found.id, self._dlq)
@@ -131,29 +137,26 @@ class Mover:
                 continue
             message, changes, parsed = revived(item, letter, self._run.replay)
             to = self._run.to or letter.queue
-            move = Move(found.id, found.score, self._list_key(to, parsed or {}), message)
-            written[found.id] = (move, Replayed(letter, to, changes))
-        return written
-
-    def _move(self, moves: list[Move], chosen: _Chosen, unfit: set[str]) -> Iterator[Replayed]:
-        """Move letters in lots; ``unfit`` takes the ids of those whose messages have to be written."""
+            moves.append(Move(found.id, found.score, self._list_key(to, parsed or {}), message))
+            replayed[found.id] = Replayed(letter, to, changes)
         while moves:
             lot = _lot(moves)
-            yield from self._done(partial(self._store.replay, self._queue, lot), lot, chosen, moves, unfit)
+            done = self._done(partial(self._store.replay, self._queue, lot), lot)
+            yield from _moved(lot, done, replayed)
+            del moves[: done.looked]
 
-    def _done(
-        self, step: Callable[[], Moved], lot: list[Move], chosen: _Chosen, moves: list[Move], unfit: set[str]
-    ) -> Iterator[Replayed]:
-        """Yields what of a lot moved; what was looked at leaves the moves, of which the lot is the beginning."""
+    def _done(self, step: Callable[[], Moved], lot: list[Move]) -> Moved:
         try:
-            done = step()
+            return step()
         except redis.exceptions.ResponseError as exc:
             raise _full(exc, f"{len(lot)} letters stay in {self._dlq!r}") from exc
-        unfit |= done.unfit
-        del moves[: done.looked]
-        for move in lot[: done.looked]:
-            if move.id not in done.stayed and move.id not in done.unfit:
-                yield chosen[move.id][1]
+
+
+def _moved(lot: list[Move], done: Moved, replayed: dict[str, Replayed]) -> Iterator[Replayed]:
+    """What became of a lot; of two moves of one letter the first one counts."""
+    for letter_id in dict.fromkeys(move.id for move in lot[: done.looked]):
+        if letter_id not in done.stayed:
+            yield replayed[letter_id]
 
 
 def _lot(moves: list[Move]) -> list[Move]:

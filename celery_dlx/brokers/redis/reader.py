@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from heapq import merge
@@ -15,6 +16,8 @@ from celery_dlx.brokers.redis.scripts import load
 _PAGE, _FIRST_PAGE = 250, 100
 #: Bytes of messages read at once, about; unless one message has more.
 _BYTES = 8_000_000
+#: Bytes that one script looks at, about.
+_SCANNED = 2_000_000
 #: Ids read at once.
 _MOST_IDS = 1_000
 
@@ -94,6 +97,8 @@ class LetterReader:
         self.client = client
         self.keys = keys
         self._scan, self._pick = load(client, "scan"), load(client, "pick")
+        #: One of all that read holds it, and is read ahead for.
+        self._ahead = threading.Lock()
         #: Messages read at once: the next are taken to be as large as the last.
         self._lot = _FIRST_PAGE
 
@@ -106,30 +111,32 @@ class LetterReader:
         """
         name = self.keys(queue)[0]
         names = [name] if causes is None else [_of_cause(name, cause) for cause in causes]
-        scans = [self._scanned(queue, each, span, words, bodies) for each in names]
+        scans = [self._scanned(queue, each, span, words, bodies, len(names)) for each in names]
         if len(scans) == 1:
             yield from scans[0]
         else:
             yield from merge(*scans, key=lambda found: (found.score, bytes_of(found.id)), reverse=span.newest)
 
-    def _scanned(self, queue: str, name: bytes, span: Span, words: Sequence[str], bodies: bool) -> Iterator[Found]:
-        """Redis looks into the records, and sends what matches only."""
+    def _scanned(
+        self, queue: str, name: bytes, span: Span, words: Sequence[str], bodies: bool, beside: int = 1
+    ) -> Iterator[Found]:
+        """Redis looks into the records, and sends what matches only. ``beside``: as many are read side by side."""
         _, payloads, records, _ = self.keys(queue)
         done = None if span.after is None else (span.after[0], bytes_of(span.after[1]))
         looked: tuple[bytes, Any] = (b"", "") if done is None else (done[1], repr(done[0]))
         order, bodies_too, most = "1" if span.newest else "", "1" if bodies else "", _FIRST_PAGE
 
         def args() -> list[Any]:
-            return [repr(span.first), repr(span.last), order, *looked, bodies_too, most, *words]
+            return [repr(span.first), repr(span.last), order, *looked, bodies_too, most, _SCANNED // beside, *words]
 
         keys = [name, records, payloads]
-        with closing(Aside(self.client, self._scan)) as aside:
+        with closing(Aside(self.client, self._scan, again=True, permit=self._ahead)) as aside:
             last, score, *found = self._scan(keys=keys, args=args())
             while score:
                 # Not the same: where the letter looked at last left, those that died in its moment are looked at again.
                 looked = last, score
                 # Who wants more than the first few wants all, mostly: Redis looks for the next ones meanwhile.
-                answer = aside.begin(keys, args()) if most == _PAGE else None
+                answer = aside.begin(keys, args()) if most == _PAGE and beside == 1 else None
                 for member, each in _unpacked(*found):
                     if span.beyond(done, (member, each.score)):
                         done = each.score, member
@@ -201,7 +208,7 @@ class LetterReader:
                 done += int(looked)
                 yield [each for _, each in _unpacked(*packed)]
             return
-        with closing(Aside(self.client, self._pick)) as aside:
+        with closing(Aside(self.client, self._pick, again=True, permit=self._ahead)) as aside:
             answer: Callable[[], Any] | None = aside.begin(keys, args())
             while answer is not None:
                 looked, *packed = answer()

@@ -50,11 +50,11 @@ class Move(NamedTuple):
 
 class Moved(NamedTuple):
     """What became of moves: how many were looked at, the first ones; the ids of those that were not there any more, and of
-    those whose items the caller must write. The rest of them moved."""
+    whether the caller must write the next one's item. The rest of them moved."""
 
     looked: int
     stayed: set[str]
-    unfit: set[str]
+    unfit: bool
 
 
 class Capture(NamedTuple):
@@ -80,11 +80,12 @@ class Trimmed(NamedTuple):
 
 
 def _lots(letters: Sequence[Capture]) -> Iterator[list[Capture]]:
-    """Letters of one DLQ and its caps that follow each other, a few to a script: the server does nothing else meanwhile."""
+    """Letters that follow each other and that one script stores: of one DLQ and its caps, not many, for the server does
+    nothing else meanwhile; and by itself what is moved from a delivery."""
     lot: list[Capture] = []
     size = 0
     for given in letters:
-        same = lot and (given.letter.queue, given.settings) == (lot[0].letter.queue, lot[0].settings)
+        same = lot and _key(given) == _key(lot[0]) and given.delivery is None and lot[0].delivery is None
         if lot and not (same and len(lot) < _MOST_CAPTURED and size < _BYTES_CAPTURED):
             yield lot
             lot, size = [], 0
@@ -92,6 +93,10 @@ def _lots(letters: Sequence[Capture]) -> Iterator[list[Capture]]:
         size += len(given.item)
     if lot:
         yield lot
+
+
+def _key(given: Capture) -> tuple[str, QueueSettings]:
+    return given.letter.queue, given.settings
 
 
 def _together(lot: Sequence[Capture]) -> list[Any]:
@@ -107,7 +112,7 @@ def _together(lot: Sequence[Capture]) -> list[Any]:
 
 def _moved(answer: Any) -> Moved:
     looked, stayed, unfit = answer
-    return Moved(int(looked), set(map(text_of, stayed)), set(map(text_of, unfit)))
+    return Moved(int(looked), set(map(text_of, stayed)), bool(unfit))
 
 
 def _caps(settings: QueueSettings) -> list[int]:
@@ -126,7 +131,6 @@ class LetterStore:
         self._scripts = {name: load(client, name) for name in self.NAMES}
         self._keys: dict[str, list[bytes]] = {}
         self.reader = LetterReader(client, self.keys)
-        self._aside = Aside(client, self._scripts["replay"])
 
     def keys(self, queue: str) -> list[bytes]:
         """letters, payloads, records, stats of a queue's DLQ."""
@@ -139,13 +143,13 @@ class LetterStore:
 
     # -- letters
 
-    def _call(self, given: Capture, force: str = "") -> Any:
+    def _call(self, given: Capture, force: str = "", client: Any = None) -> Any:
         letter, settings = given.letter, given.settings
         unacked, index, tag = given.delivery or ("", "", "")
         deliveries = deliveries_key(self.prefix, letter.queue)
         keys = [*self.keys(letter.queue), self.prefix + unacked, self.prefix + index, deliveries]
         args = [letter.id, to_json(letter), letter.reason, *_caps(settings), force, tag, given.own_tag, given.item]
-        return self._scripts["capture"](keys=keys, args=args)
+        return self._scripts["capture"](keys=keys, args=args, client=client)
 
     def capture(self, given: Capture) -> bool:
         """Store a letter. A full server gets a slim record by force: the payload is in its memory already, or has no
@@ -164,7 +168,7 @@ class LetterStore:
         return bool(self._call(given, force="1"))
 
     def capture_all(self, letters: Sequence[Capture]) -> None:
-        """Store letters that no delivery holds, in one round trip, as `capture` does.
+        """Store letters in one round trip, as `capture` does: those that no delivery holds by few scripts.
 
         Raises:
             redis.exceptions.RedisError: some were not stored. All may be tried again: the ids are the same.
@@ -172,7 +176,10 @@ class LetterStore:
         lots = list(_lots(letters))
         pipe = self.client.pipeline(transaction=False)
         for lot in lots:
-            self._scripts["captures"](keys=self.keys(lot[0].letter.queue), args=_together(lot), client=pipe)
+            if lot[0].delivery is not None:
+                self._call(lot[0], client=pipe)
+            else:
+                self._scripts["captures"](keys=self.keys(lot[0].letter.queue), args=_together(lot), client=pipe)
         for lot, answer in zip(lots, pipe.execute(raise_on_error=False), strict=True):
             if isinstance(answer, Exception):
                 for given in lot:
@@ -187,14 +194,14 @@ class LetterStore:
         keys, args = self._replaying(queue, moves)
         return _moved(self._scripts["replay"](keys=keys, args=args))
 
-    def begin_replay(self, queue: str, moves: Sequence[Move]) -> Callable[[], Moved]:
-        """As `replay`, without waiting: the caller can do something else meanwhile, but send nothing else that way."""
-        finish = self._aside.begin(*self._replaying(queue, moves))
+    def begin_replay(self, aside: Aside, queue: str, moves: Sequence[Move]) -> Callable[[], Moved]:
+        """As `replay`, without waiting: the caller can do something else meanwhile."""
+        finish = aside.begin(*self._replaying(queue, moves))
         return lambda: _moved(finish())
 
-    def abandon(self) -> None:
-        """Nobody waits for what `begin_replay` began; it happens or not."""
-        self._aside.close()
+    def aside(self) -> Aside:
+        """For `begin_replay`; its user closes it."""
+        return Aside(self.client, self._scripts["replay"])
 
     def _replaying(self, queue: str, moves: Sequence[Move]) -> tuple[list[bytes], list[Any]]:
         lists = {key: number for number, key in enumerate(dict.fromkeys(move.list_key for move in moves), 1)}

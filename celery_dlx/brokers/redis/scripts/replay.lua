@@ -4,10 +4,11 @@
 --       to be put into its message, if that has this priority and these retries; or, with priority -, the message to push.
 -- A letter that someone else replayed, discarded or captured anew since it was read is left alone.
 -- Returns how many letters were looked at, for it ends early when it has a megabyte; the ids that are not there as they
--- were read; and those whose messages the caller must write. Removing comes first: after it a full server refuses nothing.
+-- were read; and the id of the next letter if the caller must write its message, or ''.
+-- Removing comes first: after it a full server refuses nothing.
 -- include causes
 -- include splice
-local looked, bytes, moved, stayed, unfit, chosen, items = 0, 0, {}, {}, {}, {}, {}
+local looked, bytes, moved, stayed, unfit, chosen, items = 0, 0, {}, {}, '', {}, {}
 for list = 5, #KEYS do
   -- Pushing must not fail once letters were removed: whatever else has a list's name, nothing leaves then.
   local kind = redis.call('TYPE', KEYS[list]).ok
@@ -18,24 +19,26 @@ for list = 5, #KEYS do
 end
 local at, each = 1, '(%S+) (%d+) (%d+) (%d+) (%S+) (%d+)'
 for read, list, id_bytes, more, priority, retries in string.gmatch(ARGV[1], each) do
-  if bytes > 1048576 then break end
+  if bytes > 2097152 then break end
   local id = string.sub(ARGV[2], at, at + id_bytes - 1)
   if not chosen[id] then
     local score = redis.call('ZSCORE', KEYS[1], id)
     if score and tonumber(score) == tonumber(read) then
       local item = string.sub(ARGV[2], at + id_bytes, at + id_bytes + more - 1)
       if priority ~= '-' then
-        item = spliced(redis.call('HGET', KEYS[2], id) or '', item, priority, retries)
+        local message = redis.call('HGET', KEYS[2], id) or ''
+        bytes = bytes + #message
+        item = spliced(message, item, priority, retries)
+        if not item then
+          unfit = id
+          break
+        end
       end
-      if item then
-        chosen[id] = true
-        moved[#moved + 1] = id
-        local pushed = items[4 + list]
-        pushed[#pushed + 1] = item
-        bytes = bytes + #item
-      else
-        unfit[#unfit + 1] = id
-      end
+      chosen[id] = true
+      moved[#moved + 1] = id
+      local pushed = items[4 + list]
+      pushed[#pushed + 1] = item
+      bytes = bytes + #item
     else
       stayed[#stayed + 1] = id
     end

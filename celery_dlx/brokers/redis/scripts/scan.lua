@@ -1,10 +1,10 @@
 -- Letters in whose records all of some words stand; the others are not sent. Bounded in letters and bytes looked at.
 -- KEYS: letters (all, or a cause's), records, payloads
 -- ARGV: first and last score, '1' for the newest first, id and score of the last letter looked at before (or '' and ''),
---       '1' to send payloads, letters looked at at most, words
+--       '1' to send payloads, letters and bytes looked at at most, words
 -- Returns id and score of the last letter looked at (score '': there are no more), and those that match: see pack.lua.
 -- include pack
-local MOST, BYTES = tonumber(ARGV[7]), 2000000
+local MOST, BYTES = tonumber(ARGV[7]), tonumber(ARGV[8])
 local newest, payloads = ARGV[3] == '1', ARGV[6] == '1'
 local low = redis.call('ZCOUNT', KEYS[1], '-inf', '(' .. ARGV[1])
 local high = redis.call('ZCOUNT', KEYS[1], '-inf', ARGV[2]) - 1
@@ -30,7 +30,7 @@ else
 end
 
 local function matches(record)
-  for i = 8, #ARGV do
+  for i = 9, #ARGV do
     if not string.find(record, ARGV[i], 1, true) then return false end
   end
   return true

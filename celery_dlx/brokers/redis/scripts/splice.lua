@@ -29,6 +29,13 @@ local function spliced(item, lineage, priority, retries)
   if not headers then return nil end
   local close, properties = find(item, '}, "properties": {', headers, true)
   if not close or close == headers + 1 or has(item, '}, "properties": {', properties) then return nil end
+  if has(item, '"headers": ', close) or has(item, '"body": ', close) then return nil end -- of two, the second counts
+  -- Letters that need not be escaped may stand in any key.
+  local escape = find(item, '\\u00', headers, true)
+  while escape do
+    if find(item, '^[2-7]', escape + 4) then return nil end
+    escape = find(item, '\\u00', escape + 1, true)
+  end
   -- Our own lineage, the broker's words and others: all headers that may have to be changed or left out.
   local at = headers
   while true do
