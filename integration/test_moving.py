@@ -209,6 +209,17 @@ def test_letters_go_back_in_their_order(redis_server):
         assert [json.loads(item)["at"] for item in reversed(found)] == list(range(len(items)))
 
 
+@pytest.mark.parametrize("name", ["usual", "redelivered", "priority as text", "words that look like the broker's"])
+def test_a_letter_whose_id_is_empty(redis_server, name):
+    with stored(redis_server.url, {}) as (dead, queue, store, _):
+        for letter_id in ("", "other"):
+            letter = compose(Death("failure", queue, 0), original_of(ITEMS[name]), f"{queue}.dlq")
+            letter.id = letter_id
+            assert store.capture(Capture(letter, dead.policy.settings(queue), item=ITEMS[name]))
+        assert [each.letter.id for each in dead.replay(queue=queue)] == ["", "other"]
+        assert len(lists(redis.Redis.from_url(redis_server.url), queue)) == 2
+
+
 def test_what_moved_is_told_also_if_the_next_cannot_be_read(redis_server):
     items = {str(number): ITEMS["usual"] for number in range(300)}
     with stored(redis_server.url, items) as (dead, queue, _, _ids):

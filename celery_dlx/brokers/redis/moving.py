@@ -117,9 +117,14 @@ class Mover:
         if all(found.item is not None for found, _ in batch):
             yield from self._move_written(batch)
             return
-        for lot in self._store.reader.picked(self._queue, [found.id for found, _ in batch], bodies=True):
+        meant = {found.id: found.score for found, _ in batch}
+        for lot in self._store.reader.picked(self._queue, list(meant), bodies=True):
             yield from self._move_written(
-                [(each, letter_of(each.record, each.item, each.score, self._dlq, each.id, self._queue)) for each in lot]
+                [
+                    (each, letter_of(each.record, each.item, each.score, self._dlq, each.id, self._queue))
+                    for each in lot
+                    if each.score == meant[each.id]  # else it was captured anew
+                ]
             )
 
     def _move_written(self, batch: list[_Read]) -> Iterator[Replayed]:

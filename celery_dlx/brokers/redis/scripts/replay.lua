@@ -3,12 +3,12 @@
 --       retries, all between blanks; then all ids with what follows them, one after the other. That is the letter's lineage,
 --       to be put into its message, if that has this priority and these retries; or, with priority -, the message to push.
 -- A letter that someone else replayed, discarded or captured anew since it was read is left alone.
--- Returns how many letters were looked at, for it ends early when it has a megabyte; the ids that are not there as they
--- were read; and the id of the next letter if the caller must write its message, or ''.
+-- Returns how many letters were looked at, for it ends early when it has read and written two megabytes; the ids that are
+-- not there as they were read; and 1 if the caller must write the next letter's message.
 -- Removing comes first: after it a full server refuses nothing.
 -- include causes
 -- include splice
-local looked, bytes, moved, stayed, unfit, chosen, items = 0, 0, {}, {}, '', {}, {}
+local looked, bytes, moved, stayed, unfit, chosen, items = 0, 0, {}, {}, 0, {}, {}
 for list = 5, #KEYS do
   -- Pushing must not fail once letters were removed: whatever else has a list's name, nothing leaves then.
   local kind = redis.call('TYPE', KEYS[list]).ok
@@ -30,7 +30,7 @@ for read, list, id_bytes, more, priority, retries in string.gmatch(ARGV[1], each
         bytes = bytes + #message
         item = spliced(message, item, priority, retries)
         if not item then
-          unfit = id
+          unfit = 1
           break
         end
       end
