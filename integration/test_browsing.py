@@ -117,6 +117,27 @@ def test_looking_does_not_change_their_order(dead, queue, monkeypatch):
     assert seen() == [*ids[3:7], *ids[8:]]
 
 
+def test_a_replay_that_ends_early_leaves_the_others_in_order(dead, queue):
+    ids = fill(dead, queue, 300)
+    for _ in range(5):
+        assert [each.letter.id for each in dead.replay(queue=queue, limit=10)] == ids[:10]
+        del ids[:10]
+        assert [letter.id for letter in dead.letters(queue)] == ids
+    some = [*ids[:60], ids[200]]
+    assert [each.letter.id for each in dead.replay(some, queue)] == some
+    assert [letter.id for letter in dead.letters(queue)] == [each for each in ids if each not in some]
+
+
+def test_letters_beyond_a_window_of_others_are_found(dead, queue, monkeypatch):
+    monkeypatch.setattr(reader, "PER_CHANNEL", 20)
+    monkeypatch.setattr(store, "WINDOW", 8)
+    ids = fill(dead, queue, 120)
+    some = [*ids[:45], ids[118]]
+    assert {each.letter.id for each in dead.replay(some, queue)} == set(some)
+    assert {letter.id for letter in dead.discard(ids[45:60] + ids[117:118], queue)} == {*ids[45:60], ids[117]}
+    assert [letter.id for letter in dead.letters(queue)] == [*ids[60:117], ids[119]]
+
+
 def test_letters_that_are_taken_here_and_there(dead, queue):
     """Acknowledged one by one, and all up to one."""
     ids = fill(dead, queue, 200)

@@ -108,13 +108,14 @@ ITEMS = {name: json.dumps(each).encode() for name, each in (EASY | HARD).items()
 
 
 @contextmanager
-def stored(url: str, items: dict[str, bytes]):
-    """A DLQ with one letter of each item; gives what reads it, the server and the letters' ids by name."""
+def stored(url: str, items: dict[str, bytes], options: dict[str, Any] | None = None):
+    """A DLQ with one letter of each item; gives what reads it, its name, its store and the letters' ids by name."""
     queue = f"q{uuid4().hex[:8]}"
     app = Celery("moving", broker=url, set_as_current=False)
     app.conf.task_default_queue = queue
     dead = DeadLetters(app, policy=Policy())
     with app.connection_for_write() as connection:
+        app.conf.broker_transport_options = options or {}  # of what reads, not of what stores
         store = connection.default_channel.dlx_letter_store(dead.policy)
         store.announce(queue)
         ids = {}
@@ -267,6 +268,21 @@ def test_more_causes_than_connections(redis_server):
         side_by_side = [dead.letters(queue) for _ in range(20)]
         assert all(len({next(each).id for each in side_by_side}) == 1 for _ in range(700))
         assert [each.letter.id for each in dead.replay(queue=queue, task="shop.*")] == expected
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 10])
+def test_few_connections_are_enough(redis_server, most):
+    items = {str(number): ITEMS["usual"] for number in range(1_200)}
+    with stored(redis_server.url, items, {"max_connections": most}) as (dead, queue, _, ids):
+        assert dead.broker._store.client.connection_pool.max_connections == most
+        seen = []
+        for letter in dead.letters(queue):
+            seen.append(letter.id)
+            if len(seen) % 100 == 0:
+                assert dead.get(letter.id).id == letter.id
+        assert seen == list(ids.values())
+        assert len(list(dead.discard(queue=queue, limit=200))) == 200
+        assert [each.letter.id for each in dead.replay(queue=queue)] == seen[200:]
 
 
 def test_two_threads_replay_through_one_reader(redis_server):

@@ -23,9 +23,6 @@ logger = logging.getLogger("celery_dlx")
 
 #: Letters held unacknowledged at most by one channel, and channels at most: the broker knows each letter that is out.
 PER_CHANNEL, CHANNELS = 5_000, 200
-#: Whoever settles letters begins with so many, to learn how large they are; then a channel holds about so many bytes,
-#: for they come ahead of those that were taken.
-_PROBE, _AHEAD_BYTES = 50, 134_217_728
 #: Without a delivery for this long, in seconds, what the queue counted at the start is taken to be gone or held.
 _QUIET = 5.0
 #: Acknowledgements sent before the broker must answer.
@@ -64,11 +61,8 @@ class _Tags:
 class Reader:
     """Takes the letters that were in a DLQ when it was opened, oldest first; leaving puts back what was not settled."""
 
-    def __init__(self, connection: Any, dlq: str, few: int | None = None, *, settles: bool = False) -> None:
-        """``few``: that many letters are probably enough: those beyond are only asked for when they are wanted.
-
-        ``settles``: most are acknowledged while others are read, so that one channel is enough for all.
-        """
+    def __init__(self, connection: Any, dlq: str, few: int | None = None) -> None:
+        """``few``: that many letters are probably enough: those beyond are only asked for when they are wanted."""
         self._connection = connection.connection
         self._dlq = dlq
         self._deliveries = deliveries_of(self._connection)
@@ -79,7 +73,6 @@ class Reader:
         #: Ids of letters that were.
         self.acknowledged: set[str] = set()
         self._settled = 0
-        self._settles, self._bytes = settles, 0
         self.depth = 0
         self.seen = 0
         #: Letters that were counted at the start, and not seen.
@@ -95,8 +88,7 @@ class Reader:
         except NotFound:
             self._dlq = ""
         else:
-            first = _PROBE if settles else PER_CHANNEL
-            self._consume(channel, first if few is None else min(few, first))
+            self._consume(channel, PER_CHANNEL if few is None else min(few, PER_CHANNEL))
 
     def _consume(self, channel: Any, most: int) -> None:
         channel.auto_decode = False  # bodies byte for byte
@@ -113,7 +105,6 @@ class Reader:
             self.missed -= 1
             self.seen += 1
             self._open[raw.channel].handed = raw.delivery_tag
-            self._bytes += len(raw.body)
             self._redelivered = raw.redelivered
             yield raw
 
@@ -122,9 +113,7 @@ class Reader:
             if len(self._open) >= CHANNELS:
                 self._say_full()
                 return None
-            if self._settles:
-                self._cancel()  # or what is settled there would let it take later letters than the next one
-            self._consume(self._connection.channel(), 1 if self._probing else self._fitting())
+            self._consume(self._connection.channel(), 1 if self._probing else PER_CHANNEL)
             self._probing = False
         deadline = monotonic() + _QUIET
         while not self._buffer and (remaining := deadline - monotonic()) > 0:
@@ -133,18 +122,6 @@ class Reader:
             except TimeoutError:
                 break
         return self._buffer.popleft() if self._buffer else None
-
-    def _fitting(self) -> int:
-        """How many letters one channel may hold."""
-        if not self._settles:
-            return PER_CHANNEL
-        return min(max(_AHEAD_BYTES * self.seen // max(self._bytes, 1), 1), PER_CHANNEL)
-
-    def _cancel(self) -> None:
-        for channel in self._open:
-            if channel.is_open:
-                for tag in list(channel.callbacks):
-                    channel.basic_cancel(tag)
 
     def _say_full(self) -> None:
         if not self.full:
@@ -204,7 +181,10 @@ class Reader:
                 for raw in self:
                     if not raw.redelivered:
                         break
-            self._cancel()
+            for channel in self._open:
+                if channel.is_open:
+                    for tag in list(channel.callbacks):
+                        channel.basic_cancel(tag)
 
     def _put_back(self, side: SideChannel) -> None:
         """Close the channels, each when the queue has counted what the one before put back.

@@ -121,9 +121,7 @@ class RabbitMQBroker:
         few = None if limit is None or page.newest else max(limit, 1 if match is None else WINDOW)
         return letters_in(self._reader(queue, dlq, few=few), queue, dlq, page, limit)
 
-    def _reader(
-        self, queue: str, dlq: str, connection: Any = None, few: int | None = None, *, settles: bool = False
-    ) -> Reader:
+    def _reader(self, queue: str, dlq: str, connection: Any = None, few: int | None = None) -> Reader:
         """A reader of a DLQ that can be read without harm.
 
         Raises:
@@ -133,7 +131,7 @@ class RabbitMQBroker:
         if not self.insist and dlq not in self._safe:
             self._check_safe(connection, queue, dlq)
             self._safe.add(dlq)
-        return Reader(connection, dlq, few, settles=settles)
+        return Reader(connection, dlq, few)
 
     def _check_safe(self, connection: Any, queue: str, dlq: str) -> None:
         version = version_tuple(connection.connection.server_properties.get("version"))
@@ -172,7 +170,7 @@ class RabbitMQBroker:
         # A connection of its own for publishing: under an alarm it blocks, and the reader must still acknowledge.
         with self._connect() as publishing:
             publishing.connect()
-            reader = self._reader(queue, dlq, connection, settles=True)
+            reader = self._reader(queue, dlq, connection)
             try:
                 yield from self._replay(reader, publishing, queue, dlq, match, limit, run or Run())
             finally:
@@ -269,8 +267,8 @@ class RabbitMQBroker:
         while not reader.close() and ids:
             # What comes back takes its old place: it is among as many as were seen.
             again = Reader(self._connection(), dlq, few=seen)
-            left = [(raw, letter_of(raw, queue, dlq).id) for raw in islice(again, seen)]
-            left = [(raw, letter_id) for raw, letter_id in left if letter_id in ids]
+            found = ((raw, letter_of(raw, queue, dlq).id) for raw in islice(again, seen))
+            left = [(raw, letter_id) for raw, letter_id in found if letter_id in ids]
             if left:
                 logger.warning("%d acknowledgements of %s were lost, and are sent again", len(left), dlq)
                 again.acknowledge(left)
@@ -346,7 +344,7 @@ class RabbitMQBroker:
 
     def discard(self, queue: str, match: Match, limit: int | None = None) -> Iterator[DeadLetter]:
         dlq = self._policy.dlq(queue)
-        reader, taken, held = self._reader(queue, dlq, settles=True), 0, 0
+        reader, taken, held = self._reader(queue, dlq), 0, 0
         try:
             batch: list[tuple[Any, DeadLetter]] = []
             for raw in reader:

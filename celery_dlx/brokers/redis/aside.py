@@ -8,6 +8,15 @@ from typing import Any
 
 import redis
 
+#: Connections that the pool must have left: what is called plainly meanwhile needs one, and who reads within a replay, too.
+_SPARE = 3
+
+
+def _spare(pool: Any) -> bool:
+    """Whether a pool can do without a connection for a while, as far as it says."""
+    used = getattr(pool, "_in_use_connections", ())
+    return bool(pool.max_connections - len(used) >= _SPARE)
+
 
 class Aside:
     """Calls of one script, one at a time. Closing it drops what was not answered yet, which happens or not.
@@ -29,7 +38,7 @@ class Aside:
         def plain() -> Any:
             return self._script(keys=keys, args=args)
 
-        if not self._permit.acquire(blocking=False):
+        if not _spare(self._client.connection_pool) or not self._permit.acquire(blocking=False):
             return plain
         try:
             self._own = own = redis.Redis(connection_pool=self._client.connection_pool, single_connection_client=True)
@@ -43,7 +52,8 @@ class Aside:
             try:
                 answer = own.parse_response(own.connection, "EVALSHA")
             except redis.exceptions.NoScriptError:
-                answer = plain()
+                self._release()
+                return plain()
             except redis.exceptions.ResponseError:
                 self._release()
                 raise

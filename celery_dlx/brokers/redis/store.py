@@ -49,7 +49,7 @@ class Move(NamedTuple):
 
 
 class Moved(NamedTuple):
-    """What became of moves: how many were looked at, the first ones; the ids of those that were not there any more, and of
+    """What became of moves: how many were looked at, the first ones; the ids of those that were not there any more, and
     whether the caller must write the next one's item. The rest of them moved."""
 
     looked: int
