@@ -190,7 +190,7 @@ class LetterStore:
         return Trimmed(*map(int, self._scripts["trim"](keys=self.keys(queue), args=_caps(settings))))
 
     def replay(self, queue: str, moves: Sequence[Move]) -> Moved:
-        """Move letters back, all in one step, as many as fit into a megabyte."""
+        """Move letters back, all in one step, as many as the script takes at once."""
         keys, args = self._replaying(queue, moves)
         return _moved(self._scripts["replay"](keys=keys, args=args))
 
