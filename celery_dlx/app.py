@@ -21,6 +21,7 @@ from celery_dlx.brokers.base import Broker, QueueStats, Replayed, Run
 from celery_dlx.brokers.cover import BrokerCover
 from celery_dlx.brokers.queues import identity, queues_class
 from celery_dlx.brokers.redis import install as install_redis_transport
+from celery_dlx.choice import Choice
 from celery_dlx.errors import (
     AlreadyInstalledError,
     BrokerUrlError,
@@ -34,7 +35,7 @@ from celery_dlx.groups import Group, Groups
 from celery_dlx.journal import QueueLocks
 from celery_dlx.letters import DeadLetter
 from celery_dlx.policy.settings import Policy, is_glob, management_url
-from celery_dlx.replay import Chosen, Engine, Options, describe, resume, start
+from celery_dlx.replay import Engine, Options, describe, resume, start
 from celery_dlx.signals import dead_letter_replayed, heard
 
 if TYPE_CHECKING:
@@ -266,37 +267,31 @@ class DeadLetters:
                 pass
         return groups.sorted()
 
+    def choose(
+        self, ids: str | Iterable[str] | None = None, queue: str | None = None, *, limit: int | None = None, **filters: Any
+    ) -> Choice:
+        """Choose letters to look at, and to replay then: see `celery_dlx.choice`. Filters as for `letters`."""
+        ids = [ids] if isinstance(ids, str) else None if ids is None else list(ids)
+        matches, text = selection.match(ids=ids, **filters), describe(queue, ids, filters)
+        return Choice(self.broker, self._queues(queue), matches, limit, text)
+
     def start_replay(
         self,
         ids: str | Iterable[str] | None = None,
         queue: str | None = None,
         *,
+        choice: Choice | None = None,
         limit: int | None = None,
         options: Options | None = None,
         hooks: Mapping[str, Any] | None = None,
         **filters: Any,
     ) -> tuple[Engine, QueueLocks]:
-        """Select letters and journal the selection; running the engine replays them. See `celery_dlx.replay`."""
-        ids = [ids] if isinstance(ids, str) else None if ids is None else list(ids)
-        text = describe(queue, ids, filters)
-        matches, names = selection.match(ids=ids, **filters), self._queues(queue)
-        # By the queue whose DLQ a letter lies in: what its record says may be anybody's word.
-        letters = islice(((name, letter) for name in names for letter in self._chosen(name, matches, limit)), limit)
-        return start(self.broker, self.broker_name, names, letters, text, options or Options(), **(hooks or {}))
+        """Select letters, as `choose` does or did, and journal the selection; running the engine replays them.
 
-    def _chosen(self, queue: str, matches: selection.Selection, limit: int | None) -> Iterator[Chosen]:
-        known = self.broker.select(queue, matches)
-        if known is not None:
-            yield from islice((Chosen(letter_id, fingerprint) for letter_id, fingerprint in known), limit)
-            return
-        if limit is not None:
-            yield from (Chosen(letter.id, letter.fingerprint) for letter in self.broker.browse(queue, matches, limit))
-            return
-        found: list[Chosen] = []
-        note = matches.each(lambda letter: found.append(Chosen(letter.id, letter.fingerprint)))
-        for _ in self.broker.browse(queue, note):
-            pass
-        yield from found
+        On RabbitMQ nobody else sees them until it ran. See `celery_dlx.replay`.
+        """
+        chosen = choice or self.choose(ids, queue, limit=limit, **filters)
+        return start(self.broker, self.broker_name, chosen, options or Options(), **(hooks or {}))
 
     def resume_replay(
         self,

@@ -12,10 +12,10 @@ import getpass
 import json
 import socket
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 from uuid import uuid4
 
 from amqp.exceptions import AMQPError
@@ -23,14 +23,15 @@ from kombu.exceptions import KombuError
 from redis.exceptions import RedisError
 
 from celery_dlx.brokers.base import Broker, Replayed, Run
+from celery_dlx.choice import Choice
 from celery_dlx.errors import DeadLetterError, ReplayError, UsageError
 from celery_dlx.journal import Entry, Journal, QueueLocks, Record, read_record
 from celery_dlx.letters import DeadLetter
 from celery_dlx.selection import Selection, match
 from celery_dlx.signals import dead_letter_replayed, heard
 
-#: Letters in one line of the journal, and between two looks at what workers report.
-_BATCH = 1_000
+#: Letters in one line of the journal, and between two looks at what workers report; in flight on RabbitMQ at most.
+_BATCH = 2_000
 #: Letters that the journal says are being sent before the first of them leaves.
 _AHEAD = 1_000
 #: What a paced replay may make up for, in seconds.
@@ -100,16 +101,21 @@ class Engine:
         finally:
             if self._stop is None and self.interrupted():
                 self._stop = "interrupted"
-            self.journal.write("end", stopped=self._stop, clean=clean)
+            try:
+                self.journal.write("end", stopped=self._stop, clean=clean)
+            finally:
+                self.broker.release()
 
     def _run(self) -> Iterator[Replayed]:
         while self.options.canary and not self.record.proven and not self._over():
             if not self._in_state("selected"):
                 break
             yield from self._send_canaries(self.options.canary)
+            self.broker.release()  # nobody knows how long they take
             self._await_canaries()
         if self._stop is None:
             yield from self._send([entry for entry in self.record.entries.values() if entry.state in ("selected", "gone")])
+        self.broker.release()
         self._await_rest()
 
     def _in_state(self, state: str) -> bool:
@@ -168,8 +174,10 @@ class Engine:
             return True
 
         rate = self.options.rate
+        if rate:
+            self.broker.release()  # it may take hours
         batch = max(1, min(_BATCH, int(rate / 10))) if rate else _BATCH
-        run = Run(self.record.replay, self.options.to, batch, lambda: bool(ids), self._editor(), heard(), self._over)
+        run = Run(self.record.replay, self.options.to, batch, lambda: bool(ids), self._editor(), heard(), True, self._over)
         # A paced replay looks anew now and then: RabbitMQ takes letters back that are held for half an hour.
         size = max(1, int(rate * _LOOK_ANEW)) if rate else len(all_ids)
         moved: list[str] = []
@@ -298,41 +306,28 @@ class Engine:
             time.sleep(_LOOK_EVERY)
 
 
-class Chosen(NamedTuple):
-    """What a replay remembers of a letter that was selected."""
-
-    id: str
-    fingerprint: str | None
-
-
-def start(
-    broker: Broker,
-    url: str,
-    queues: list[str],
-    letters: Iterable[tuple[str, Chosen]],
-    selection: str,
-    options: Options,
-    **hooks: Any,
-) -> tuple[Engine, QueueLocks]:
+def start(broker: Broker, url: str, choice: Choice, options: Options, **hooks: Any) -> tuple[Engine, QueueLocks]:
     """Begin a replay: the selection (queue and letter) is journaled before anything leaves.
 
     Raises:
         UsageError: another replay is at the same queues.
         JournalError: the journal cannot be written.
     """
-    record = Record(uuid4().hex[:12])
-    locks = QueueLocks(url, queues, record.replay)
+    record, locks = Record(uuid4().hex[:12]), None
     try:
+        locks = QueueLocks(url, choice.queues, record.replay)
         journal = Journal(record)
         by = f"{_user()}@{socket.gethostname()}"
         now = int(time.time() * 1000)
-        journal.write("start", started=now, selection=selection, by=by, broker=url, options=options.as_dict())
-        found = ([letter.id, queue, letter.fingerprint] for queue, letter in letters)
+        journal.write("start", started=now, selection=choice.text, by=by, broker=url, options=options.as_dict())
+        found = choice.chosen()
         while batch := list(islice(found, _BATCH)):
             journal.note("select", letters=batch)  # "selected" makes sure of all of them
         journal.write("selected")
     except BaseException:
-        locks.release()
+        choice.release()
+        if locks is not None:
+            locks.release()
         raise
     return Engine(broker, journal, options, **hooks), locks
 

@@ -53,6 +53,12 @@ class Selection:
     def __call__(self, letter: DeadLetter) -> bool:
         return self._matches(letter)
 
+    def with_bodies(self) -> Selection:
+        """The same, of letters that are given with their messages."""
+        other = copy(self)
+        other.bodies = True
+        return other
+
     def each(self, visit: Callable[[DeadLetter], None]) -> Selection:
         """Visit what matches, and keep nothing: there may be a million."""
 

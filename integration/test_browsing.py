@@ -6,7 +6,7 @@ import pytest
 from celery import Celery
 
 from celery_dlx import DeadLetters
-from celery_dlx.brokers.rabbitmq import browse, reader, spool, store
+from celery_dlx.brokers.rabbitmq import browse, moving, reader, spool, store
 from celery_dlx.brokers.rabbitmq.letters import at_rest, exported
 from celery_dlx.errors import ReplayError, SpoolError
 from celery_dlx.letters import Death, Original, compose
@@ -98,7 +98,8 @@ def test_more_letters_than_can_be_held_are_said(dead, queue, monkeypatch, caplog
 def test_looking_does_not_change_their_order(dead, queue, monkeypatch):
     """RabbitMQ gives out first what was put back, in the order in which it was."""
     monkeypatch.setattr(reader, "PER_CHANNEL", 5)
-    monkeypatch.setattr(store, "WINDOW", 8)
+    for each in (store, moving):
+        monkeypatch.setattr(each, "WINDOW", 8)
     ids = fill(dead, queue, 27)
 
     def seen(**options):
@@ -130,7 +131,8 @@ def test_a_replay_that_ends_early_leaves_the_others_in_order(dead, queue):
 
 def test_letters_beyond_a_window_of_others_are_found(dead, queue, monkeypatch):
     monkeypatch.setattr(reader, "PER_CHANNEL", 20)
-    monkeypatch.setattr(store, "WINDOW", 8)
+    for each in (store, moving):
+        monkeypatch.setattr(each, "WINDOW", 8)
     ids = fill(dead, queue, 120)
     some = [*ids[:45], ids[118]]
     assert {each.letter.id for each in dead.replay(some, queue)} == set(some)

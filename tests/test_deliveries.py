@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_framing import _tables, _text
 
-from celery_dlx.brokers.rabbitmq import store
+from celery_dlx.brokers.rabbitmq import moving
 from celery_dlx.brokers.rabbitmq.decoding import decode_properties
 from celery_dlx.brokers.rabbitmq.deliveries import Deliveries, Taken, deliveries_of, taken
 from celery_dlx.brokers.rabbitmq.framing import encode_properties
@@ -311,7 +311,7 @@ def test_a_record_without_an_id_makes_letters_that_can_be_told_apart(headers):
 
 def test_a_broker_that_confirms_slowly_is_waited_for_and_a_silent_one_is_not(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(store, "monotonic", lambda: now[0])
+    monkeypatch.setattr(moving, "monotonic", lambda: now[0])
 
     class Pipeline:
         unconfirmed = 1_000
@@ -327,10 +327,10 @@ def test_a_broker_that_confirms_slowly_is_waited_for_and_a_silent_one_is_not(mon
             self.unconfirmed -= self.each
 
     slow = Pipeline(10)
-    store.RabbitMQBroker._await(slow, 500)
+    moving.confirmed(slow, 500)
     assert slow.unconfirmed == 500
     with pytest.raises(ReplayError, match="1000 letters stay"):
-        store.RabbitMQBroker._await(Pipeline(0), 500)
+        moving.confirmed(Pipeline(0), 500)
 
 
 @given(st.lists(st.lists(st.integers(1, 60), unique=True), max_size=6))

@@ -8,12 +8,14 @@ from contextlib import suppress
 import pytest
 
 from celery_dlx.brokers.base import Replayed
+from celery_dlx.choice import Choice
 from celery_dlx.errors import JournalError, ReplayError, UsageError
 from celery_dlx.groups import group
 from celery_dlx.journal import Journal, QueueLocks, Record, history, read_record
 from celery_dlx.letters import DeadLetter, Original
 from celery_dlx.replay import Options, resume, start
 from celery_dlx.replaying import lineage_of, replay_of
+from celery_dlx.selection import match
 
 
 class Lists:
@@ -22,6 +24,25 @@ class Lists:
     def __init__(self, letters, outcome="succeeded"):
         self.dlq, self.outcome = list(letters), outcome
         self.queue, self.reports, self.fail_at = [], [], None
+        #: What is found when letters are chosen, if that is not what is there later.
+        self.found = None
+        self.released = 0
+
+    def select(self, queue, match):
+        return None
+
+    def hold(self, queue, match, limit=None):
+        return None
+
+    def release(self):
+        self.released += 1
+
+    def browse(self, queue, match=None, limit=None):
+        return (
+            letter
+            for letter in list(self.dlq if self.found is None else self.found)
+            if letter.queue == queue and match(letter)
+        )
 
     def watch(self, replay):
         pass
@@ -61,9 +82,13 @@ def letters(count, queue="q"):
     return [DeadLetter(f"{n:032x}", queue, f"{queue}.dlq", "failure", n, Original(), fingerprint="f") for n in range(count)]
 
 
+def choice(broker):
+    return Choice(broker, ["q", "r"], match(), None, "all")
+
+
 def run(broker, options=None, found=None, **hooks):
-    chosen = ((letter.queue, letter) for letter in list(broker.dlq if found is None else found))
-    engine, locks = start(broker, "redis://", ["q"], chosen, "all", options or Options(wait=0), **hooks)
+    broker.found = found
+    engine, locks = start(broker, "redis://", choice(broker), options or Options(wait=0), **hooks)
     try:
         list(engine.run())
     finally:
@@ -185,9 +210,10 @@ def test_an_interruption_is_said():
 
 
 def test_two_at_once_are_refused():
-    locks = QueueLocks("redis://", ["q"], "first")
+    locks, broker = QueueLocks("redis://", ["q"], "first"), Lists([])
     with pytest.raises(UsageError, match="by replay first"):
-        start(Lists([]), "redis://", ["q"], iter([]), "all", Options())
+        start(broker, "redis://", choice(broker), Options())
+    assert broker.released == 2, "by the choice, of an earlier one, and when it was refused"
     locks.release()
 
 
@@ -221,8 +247,7 @@ def test_a_journal_that_cannot_be_written_is_explained(monkeypatch, tmp_path):
 
 def test_a_disk_that_fills_up_loses_nothing():
     broker = Lists(letters(3), None)
-    chosen = iter([(letter.queue, letter) for letter in broker.dlq])
-    engine, locks = start(broker, "redis://", ["q"], chosen, "all", Options(wait=0))
+    engine, locks = start(broker, "redis://", choice(broker), Options(wait=0))
     full = open("/dev/full", "w")  # noqa: SIM115 - closed below
     engine.journal._file, real = full, engine.journal._file
     with pytest.raises(JournalError, match="No space left"):

@@ -152,8 +152,20 @@ class Run:
     edit: Callable[[DeadLetter], None] | None = None
     #: Whether replayed letters are given with their messages, on Redis too.
     bodies: bool = False
+    #: The letters are those that `Broker.hold` holds, if it does.
+    held: bool = False
     #: Asked before each letter: no more of them, but finish what was begun.
     stop: Callable[[], bool] = lambda: False
+
+
+class Holding(Protocol):
+    """Letters that are held for a replay."""
+
+    #: Id and fingerprint of each, oldest first.
+    chosen: list[tuple[str, str]]
+
+    def letters(self) -> Iterator[DeadLetter]:
+        """The letters, with their messages; may be asked for more than once."""
 
 
 class Broker(Protocol):
@@ -173,6 +185,15 @@ class Broker(Protocol):
 
     def get(self, queue: str, letter_id: str) -> DeadLetter | None:
         """One letter with its message; ``None`` if the queue's DLQ does not hold it."""
+
+    def hold(self, queue: str, match: Match, limit: int | None = None) -> Holding | None:
+        """Take matching letters aside for a replay, where that spares reading them again: nobody else sees them then.
+
+        Asked again, the same ones. They are held until that replay ends, or `release`; ``None``: nothing is held.
+        """
+
+    def release(self) -> None:
+        """Put back what is held."""
 
     def replay(self, queue: str, match: Match, limit: int | None = None, run: Run | None = None) -> Iterator[Replayed]:
         """Move matching letters back to their source queue, each at-least-once."""

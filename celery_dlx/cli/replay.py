@@ -18,6 +18,7 @@ import click
 from celery_dlx import preflight
 from celery_dlx.app import DeadLetters
 from celery_dlx.brokers.base import Replayed
+from celery_dlx.choice import Choice
 from celery_dlx.cli import output
 from celery_dlx.cli.main import JSON, command, confirmed, dead_letters, preview, split_targets, targets
 from celery_dlx.editing import Edit, by_hand
@@ -121,12 +122,17 @@ def replay_letters(
         if resume is not None:
             engine, locks = dead.resume_replay(resume, hooks, rate=rate, wait=wait)
         else:
-            if not no_preflight:
-                _preflight(dead, ids, queue, limit, to, force, change, selected)
-            options = Options(canary, rate, to, bool(canary) if stop_on_repeat is None else stop_on_repeat)
-            options.edit = None if change is None else change.text
-            options.wait = options.wait if wait is None else wait
-            engine, locks = dead.start_replay(ids, queue, limit=limit, options=options, hooks=hooks, **selected)
+            choice = dead.choose(ids, queue, limit=limit, **selected)
+            try:
+                if not no_preflight:
+                    _preflight(dead, choice, to, force, change)
+                options = Options(canary, rate, to, bool(canary) if stop_on_repeat is None else stop_on_repeat)
+                options.edit = None if change is None else change.text
+                options.wait = options.wait if wait is None else wait
+                engine, locks = dead.start_replay(choice=choice, options=options, hooks=hooks)
+            except BaseException:
+                choice.release()  # in their order, which the end of the process would not keep
+                raise
         run = engine.run()
         try:
             for replayed in run:
@@ -167,22 +173,13 @@ def _edit(dead: DeadLetters, text: str | None, ids: Any, queue: str | None) -> E
     return change
 
 
-def _preflight(
-    dead: DeadLetters,
-    ids: Any,
-    queue: str | None,
-    limit: int | None,
-    to: str | None,
-    force: bool,
-    change: Edit | None,
-    selected: dict[str, Any],
-) -> None:
+def _preflight(dead: DeadLetters, choice: Choice, to: str | None, force: bool, change: Edit | None) -> None:
     """Say what will go wrong again, and refuse what surely will.
 
     Raises:
         ReplayError: a message will surely die again.
     """
-    letters = dead.letters(queue, limit=limit, ids=ids, bodies=True, **selected)
+    letters: Iterable[DeadLetter] = choice.letters()
     findings = preflight.Findings()
     if change is not None:
         letters = _edited(letters, change, findings)

@@ -144,6 +144,10 @@ class Reader:
     def ready(self) -> bool:
         return bool(self._buffer)
 
+    def is_on(self, connection: Any) -> bool:
+        """Whether it reads over this connection: another one was opened when that broke."""
+        return self._connection is connection.connection
+
     def acknowledge(self, letters: Sequence[tuple[Any, str]]) -> None:
         """Acknowledge letters (message and id), and wait for the broker to have heard it.
 

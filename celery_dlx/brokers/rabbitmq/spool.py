@@ -71,8 +71,8 @@ class Spool:
         except OSError as exc:
             raise _explained(exc) from exc
 
-    def read(self, positions: Iterable[int] | None = None) -> Iterator[Taken]:
-        """The letters at these positions, all by default; the spool is closed after the last.
+    def read(self, positions: Iterable[int] | None = None, *, keep: bool = False) -> Iterator[Taken]:
+        """The letters at these positions, all by default; the spool is closed after the last, unless ``keep``.
 
         Raises:
             SpoolError: the file cannot be read.
@@ -83,7 +83,8 @@ class Spool:
         except OSError as exc:
             raise _explained(exc) from exc
         finally:
-            self.close()
+            if not keep:
+                self.close()
 
     def _at(self, number: int) -> Taken:
         assert self._file is not None

@@ -6,27 +6,27 @@ How letters are taken without being consumed is `reader`'s.
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
+from functools import partial
 from itertools import islice
-from time import monotonic
-from typing import Any, NamedTuple
+from typing import Any
 
-from amqp.exceptions import NotFound
+from amqp.exceptions import AMQPError, NotFound
 
 from celery_dlx.brokers.base import Match, QueueStats, Replayed, Run
 from celery_dlx.brokers.rabbitmq.browse import letters_in, set_aside
 from celery_dlx.brokers.rabbitmq.declare import Declarer, SideChannel
-from celery_dlx.brokers.rabbitmq.deliveries import deliveries_of
+from celery_dlx.brokers.rabbitmq.held import Held
 from celery_dlx.brokers.rabbitmq.inspect import arguments_over_amqp, by_management
-from celery_dlx.brokers.rabbitmq.letters import exported, imported, letter_of, revived, revived_bytes
+from celery_dlx.brokers.rabbitmq.letters import exported, imported, letter_of
 from celery_dlx.brokers.rabbitmq.management import management_of
-from celery_dlx.brokers.rabbitmq.pipeline import REFUSED, RETURNED, STORED, ConfirmPipeline
-from celery_dlx.brokers.rabbitmq.reader import Reader
+from celery_dlx.brokers.rabbitmq.moving import HELD_BYTES, WINDOW, InFlight, Reading, confirmed, move
+from celery_dlx.brokers.rabbitmq.pipeline import STORED, ConfirmPipeline
+from celery_dlx.brokers.rabbitmq.reader import CHANNELS, PER_CHANNEL, Reader
 from celery_dlx.brokers.rabbitmq.reports import Reports
 from celery_dlx.brokers.rabbitmq.unreachable import connected
-from celery_dlx.errors import ReplayError, UnsafeQueueError
+from celery_dlx.errors import ReplayError, SpoolError, UnsafeQueueError
 from celery_dlx.letters import DeadLetter
 from celery_dlx.policy.settings import BUILT_IN, Policy
 from celery_dlx.selection import Selection
@@ -35,42 +35,8 @@ from celery_dlx.topology.plan import finite_delivery_limit
 
 logger = logging.getLogger("celery_dlx")
 
-#: Letters in flight while replaying.
-WINDOW = 1_000
-#: Encoded messages are handed over at this size, in bytes: the broker has work while the next ones are read.
-_WRITE_BYTES = 262_144
-#: Bytes of bodies in flight after which nothing more is sent before these are settled.
-_HELD_BYTES = 67_108_864
-#: How often letters that are missing are looked for again.
-_LOOKS = 5
-#: Waiting for confirms, in seconds.
-_CONFIRM_TIMEOUT = 30.0
-
-
-class _InFlight:
-    __slots__ = ("changes", "key", "letter", "outcome", "raw", "to")
-
-    def __init__(self, letter: DeadLetter, raw: Any, changes: list[str], to: str) -> None:
-        self.letter, self.raw, self.changes, self.to = letter, raw, changes, to
-        self.key = letter.id
-        self.outcome: str | None = None
-
-
-class _Failed(NamedTuple):
-    """A letter that stays: its id, the queue it was to go to, and why; not its bytes."""
-
-    id: str
-    to: str
-    why: str
-
-
-def _again(reader: Reader, run: Run) -> Iterator[Any]:
-    """The letters of a reader; those too that were being put back when it counted them, while some are missing."""
-    yield from reader
-    for _ in range(_LOOKS):
-        if run.stop() or not run.wanted() or not reader.more():
-            return
-        yield from reader
+#: Queues whose letters are held at most: each takes channels of the connection.
+_MOST_HELD = 10
 
 
 class RabbitMQBroker:
@@ -91,6 +57,8 @@ class RabbitMQBroker:
         #: Read also where reading may delete.
         self.insist = False
         self._safe: set[str] = set()
+        #: By source queue: letters that were selected for a replay.
+        self._held: dict[str, Held] = {}
         self._reports = Reports(self._connection)
 
     def _connection(self) -> Any:
@@ -106,6 +74,7 @@ class RabbitMQBroker:
         return self._open
 
     def close(self) -> None:
+        self.release()
         if self._open is not None:
             self._open.close()
             self._open = None
@@ -164,102 +133,48 @@ class RabbitMQBroker:
     def get(self, queue: str, letter_id: str) -> DeadLetter | None:
         return next(self.browse(queue, lambda letter: letter.id == letter_id, 1), None)
 
-    def replay(self, queue: str, match: Match, limit: int | None = None, run: Run | None = None) -> Iterator[Replayed]:
+    def hold(self, queue: str, match: Match, limit: int | None = None) -> Held | None:
+        if queue in self._held:
+            return self._held[queue]
+        if len(self._held) >= _MOST_HELD or sum(held.reader.seen for held in self._held.values()) >= CHANNELS * PER_CHANNEL:
+            return None
         dlq = self._policy.dlq(queue)
+        reader = self._reader(queue, dlq)
+        try:
+            self._held[queue] = held = Held(reader, partial(letter_of, queue=queue, dlq=dlq), match, limit)
+        except SpoolError as exc:
+            logger.debug("letters of %s are read twice: %s", dlq, exc)
+            reader.close()
+            return None
+        except BaseException:
+            reader.close()
+            raise
+        return held
+
+    def release(self) -> None:
+        while self._held:
+            _, held = self._held.popitem()
+            held.forget()
+            with suppress(AMQPError, OSError):  # whose connection is broken puts everything back anyhow
+                held.reader.close()
+
+    def replay(self, queue: str, match: Match, limit: int | None = None, run: Run | None = None) -> Iterator[Replayed]:
+        dlq, run = self._policy.dlq(queue), run or Run()
         connection = self._connection()
-        # A connection of its own for publishing: under an alarm it blocks, and the reader must still acknowledge.
-        with self._connect() as publishing:
-            publishing.connect()
-            reader = self._reader(queue, dlq, connection)
-            try:
-                yield from self._replay(reader, publishing, queue, dlq, match, limit, run or Run())
-            finally:
-                self._finish(reader, queue, dlq)
-
-    def _replay(
-        self, reader: Reader, publishing: Any, queue: str, dlq: str, match: Match, limit: int | None, run: Run
-    ) -> Iterator[Replayed]:
-        done: deque[_InFlight] = deque()
-
-        held = 0
-
-        def on_outcome(token: _InFlight, outcome: str) -> None:
-            nonlocal held
-            token.outcome = outcome
-            held -= len(token.raw.body)
-            done.append(token)
-
-        deliveries_of(publishing.connection)  # confirms are read in large pieces too
-        pipeline = ConfirmPipeline(publishing.connection, on_outcome)
-        failed: list[_Failed] = []
-        user, taken, window = publishing.userid, 0, min(run.batch or WINDOW, WINDOW)
-        for raw in _again(reader, run):
-            if run.stop():
-                break
-            letter = letter_of(raw, queue, dlq)
-            if not match(letter):
-                continue
-            to = run.to or letter.queue
-            try:
-                if run.edit is not None:
-                    run.edit(letter)
-                # Through the default exchange: the original one may fan out to queues that had no part in this death.
-                if (same := revived_bytes(raw, letter, user, run.replay)) is not None:
-                    pipeline.publish_bytes(_InFlight(letter, raw, same[1], to), same[0], raw.body, "", to)
-                else:
-                    message, changes = revived(letter, user, run.replay)
-                    pipeline.publish(_InFlight(letter, raw, changes, to), message, "", to)
-            except ReplayError as exc:
-                failed.append(_Failed(letter.id, to, str(exc)))
-                continue
-            except Exception as exc:  # noqa: BLE001 - this one cannot be sent; the others can
-                failed.append(_Failed(letter.id, to, f"it cannot be encoded ({exc})"))
-                continue
-            taken, held = taken + 1, held + len(raw.body)
-            if pipeline.unwritten >= _WRITE_BYTES:
-                pipeline.write()
-            if held >= _HELD_BYTES:
-                self._await(pipeline, 0)
-            elif pipeline.unconfirmed >= window or not reader.ready():
-                self._await(pipeline, window // 2)
-            yield from self._settle(reader, done, failed)
-            if limit is not None and taken >= limit:
-                break
-        self._await(pipeline, 0)
-        yield from self._settle(reader, done, failed)
-        if failed:
-            first = failed[0]
-            known = {RETURNED: f"queue {first.to!r} does not exist", REFUSED: "the broker refused it"}
-            why = known.get(first.why, first.why)
-            raise ReplayError(
-                f"{len(failed)} letters stay in {dlq!r}, the first is {first.id}: {why}; create the queue "
-                "(start its worker) and replay again"
-            )
-
-    @staticmethod
-    def _await(pipeline: ConfirmPipeline, at_most: int) -> None:
-        pipeline.write()
-        unconfirmed, deadline = pipeline.unconfirmed, monotonic() + _CONFIRM_TIMEOUT
-        while pipeline.unconfirmed > at_most:
-            if pipeline.unconfirmed < unconfirmed:  # a slow broker is none that is silent
-                unconfirmed, deadline = pipeline.unconfirmed, monotonic() + _CONFIRM_TIMEOUT
-            if monotonic() > deadline:
-                raise ReplayError(
-                    f"no confirm for {_CONFIRM_TIMEOUT:.0f}s: {pipeline.unconfirmed} letters stay in their DLQ and may "
-                    "also be in their queue; is the broker under a memory or disk alarm?"
-                )
-            pipeline.read(timeout=1.0)
-
-    @staticmethod
-    def _settle(reader: Reader, done: deque[_InFlight], failed: list[_Failed]) -> Iterator[Replayed]:
-        stored = [token for token in done if token.outcome == STORED]
-        failed.extend(_Failed(token.key, token.to, str(token.outcome)) for token in done if token.outcome != STORED)
-        done.clear()
-        if stored:
-            # All of them before the first is given out: whoever stops listening must not leave them in both places.
-            reader.acknowledge([(token.raw, token.key) for token in stored])
-            for token in stored:
-                yield Replayed(token.letter, token.to, token.changes)
+        held = self._held.pop(queue, None) if run.held else None
+        if held is not None and not held.reader.is_on(connection):
+            held.forget()  # its connection broke: all of them are in their DLQ
+            held = None
+        reader = held.reader if held is not None else self._reader(queue, dlq, connection)
+        try:
+            # A connection of its own for publishing: under an alarm it blocks, and the reader must still acknowledge.
+            with self._connect() as publishing:
+                publishing.connect()
+                yield from move(held or Reading(reader, run), publishing, queue, dlq, match, limit, run)
+        finally:
+            if held is not None:
+                held.forget()
+            self._finish(reader, queue, dlq)
 
     def _finish(self, reader: Reader, queue: str, dlq: str) -> None:
         """Close a reader; what it acknowledged and the queue did not take is acknowledged again."""
@@ -303,7 +218,7 @@ class RabbitMQBroker:
         refused: list[str] = []
         restored = present = 0
 
-        def on_outcome(token: _InFlight, outcome: str) -> None:
+        def on_outcome(token: InFlight, outcome: str) -> None:
             if outcome != STORED:
                 refused.append(f"{token.key} ({outcome})")
 
@@ -319,11 +234,11 @@ class RabbitMQBroker:
                     present += 1
                     continue
                 there[letter.queue].add(letter.id)
-                pipeline.publish(_InFlight(letter, None, [], letter.dlq), message, "", letter.dlq)
+                pipeline.publish(InFlight(letter, None, [], letter.dlq), message, "", letter.dlq)
                 restored += 1
                 if pipeline.unconfirmed >= WINDOW:
-                    self._await(pipeline, WINDOW // 2)
-            self._await(pipeline, 0)
+                    confirmed(pipeline, WINDOW // 2)
+            confirmed(pipeline, 0)
         if refused:
             raise ReplayError(f"{len(refused)} letters were not taken by the broker, first {refused[0]}; import again")
         return restored, present
@@ -353,7 +268,7 @@ class RabbitMQBroker:
                     continue
                 batch.append((raw, letter))
                 taken, held = taken + 1, held + len(raw.body)
-                if len(batch) >= WINDOW or held >= _HELD_BYTES or taken == limit:
+                if len(batch) >= WINDOW or held >= HELD_BYTES or taken == limit:
                     yield from self._discard(reader, batch)
                     batch, held = [], 0
                 if taken == limit:

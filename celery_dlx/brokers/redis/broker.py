@@ -104,6 +104,12 @@ class RedisBroker:
             return None
         return self._store.reader.ids(queue, [cause.fingerprint for cause in wanted])
 
+    def hold(self, queue: str, match: Match, limit: int | None = None) -> None:
+        """What is read is not taken, and costs little."""
+
+    def release(self) -> None:
+        """Nothing is held."""
+
     def _candidates(self, queue: str, match: Match | None, bodies: bool, last: float) -> Iterator[Found]:
         selected = match if isinstance(match, Selection) else Selection(lambda letter: True)
         if selected.ids is None:
