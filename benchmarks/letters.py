@@ -34,6 +34,7 @@ from kombu import Connection
 from servers import RABBITMQ, wait_for
 
 from celery_dlx import DeadLetters
+from celery_dlx.brokers.base import Looking
 from celery_dlx.brokers.rabbitmq.letters import at_rest, exported
 from celery_dlx.brokers.rabbitmq.management import Management
 from celery_dlx.brokers.redis.letters import original_of
@@ -365,7 +366,24 @@ def measure_rabbitmq(broker: Any, count: int, rounds: int, table: Table) -> None
         raise SystemExit(f"unexpected groups: {groups}")
     table.add("rabbitmq: groups", count / seconds, "letters/s", WANTED["rabbit groups"], f"{seconds:.1f} s")
     seconds, _ = timed(lambda: exhausted(dead.letters(QUEUE, limit=PAGE), PAGE))
-    table.add(f"rabbitmq: first page of {PAGE}, once all were looked at", seconds, "s", WANTED["list"])
+    table.add(f"rabbitmq: first page of {PAGE}, once all were looked at, read", seconds, "s")
+    dead.looking = Looking(lambda text: None, fresh=True)
+    seconds, _ = timed(lambda: dead.groups(QUEUE))
+    table.add(
+        "rabbitmq: groups, the index written", count / seconds, "letters/s", WANTED["rabbit groups"], f"{seconds:.1f} s"
+    )
+    dead.looking = Looking(lambda text: None)
+    for what, options in (("first page", {}), ("first page of a cause", {"task": "shop.*receipt"})):
+        seconds, _ = timed(lambda options=options: exhausted(dead.letters(QUEUE, limit=PAGE, **options), PAGE))
+        table.add(f"rabbitmq: {what}, by the index", seconds, "s", WANTED["list"])
+    seconds, known = timed(lambda: dead.groups(QUEUE))
+    if [group.as_dict() for group in known] != [group.as_dict() for group in groups]:
+        raise SystemExit(f"unexpected groups by the index: {known}")
+    table.add("rabbitmq: groups, by the index", seconds, "s", WANTED["list"])
+    text = {"text": "no address"}
+    seconds, _ = timed(lambda: exhausted(dead.letters(QUEUE, **text), (count + 1) // 3))
+    table.add("rabbitmq: scan by message text, a third matches, by the index", count / seconds, "letters/s")
+    dead.looking = None
     for command in (["list", QUEUE, "--limit", str(PAGE)], ["groups", QUEUE], ["list", QUEUE, "--json"]):
         found, name = peak(url, *command), " ".join(command)
         wanted = "" if "--json" in command else WANTED["client"]

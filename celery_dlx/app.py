@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 from celery.signals import celeryd_init
 
 from celery_dlx import selection
-from celery_dlx.brokers.base import Broker, QueueStats, Replayed, Run
+from celery_dlx.brokers.base import Broker, Looking, QueueStats, Replayed, Run
 from celery_dlx.brokers.cover import BrokerCover
 from celery_dlx.brokers.queues import identity, queues_class
 from celery_dlx.brokers.redis import install as install_redis_transport
@@ -74,6 +74,8 @@ class DeadLetters:
         self._broker: Broker | None = None
         #: Read also DLQs where the broker deletes what is looked at too often (RabbitMQ ≥ 4.0, made by others).
         self.insist = False
+        #: Looking at large DLQs is for eyes only: see `celery_dlx.brokers.base.Looking`.
+        self.looking: Looking | None = None
         self._cover = BrokerCover(lambda: self.policy)
         self._install()
         _installed[app] = self
@@ -178,6 +180,7 @@ class DeadLetters:
                 self._broker = RedisBroker(connect, self.policy)
             else:
                 raise UnsupportedBrokerError(f"broker transport {kind!r}: expected RabbitMQ (amqp://) or Redis (redis://)")
+        self._broker.looking = self.looking
         return self._broker
 
     @property
@@ -250,7 +253,7 @@ class DeadLetters:
 
     def _locate(self, letter_id: str, names: list[str]) -> tuple[str, int]:
         for name in names:
-            if (letter := self.broker.get(name, letter_id)) is not None:
+            for letter in self.broker.browse(name, selection.match(ids=[letter_id]), 1):
                 return name, letter.died_at
         raise self._unknown([letter_id], None)
 

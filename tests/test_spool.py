@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from functools import partial
 
 import amqp
 import pytest
@@ -13,11 +14,13 @@ from amqp.serialization import dumps
 from celery_dlx.brokers.rabbitmq import browse, spool
 from celery_dlx.brokers.rabbitmq.deliveries import Taken
 from celery_dlx.brokers.rabbitmq.framing import encode_properties
+from celery_dlx.brokers.rabbitmq.letters import letter_of
 from celery_dlx.brokers.rabbitmq.spool import Spool
 from celery_dlx.errors import SpoolError
 from celery_dlx.letters import HEADER
 from celery_dlx.selection import Selection
 
+LETTER = partial(letter_of, queue="q", dlq="q.dlq")
 #: Arguments of a `basic.deliver`.
 _METHOD = dumps("sLbss", ("consumer", 1, False, "celery.dlx", "q"))
 
@@ -127,7 +130,7 @@ def test_the_newest_are_the_same_in_memory_and_in_a_file(small, monkeypatch, lim
     page = Selection(lambda letter: letter.died_at != 3)
     page.newest, page.after = True, after
     page.after_died = 7 if after else 0
-    found = [letter.id for letter in browse.letters_in(reader, "q", "q.dlq", page, limit)]
+    found = [letter.id for letter in browse.letters_in(reader, LETTER, page, limit)]
     order = [str(number) for number in (7, 3, 1, 6, 4, 0, 2, 8)]
     if after:
         order = order[order.index(after) + 1 :]
@@ -137,7 +140,7 @@ def test_the_newest_are_the_same_in_memory_and_in_a_file(small, monkeypatch, lim
 
 def test_the_reader_is_closed_before_the_first_letter_is_given_out_and_whatever_happens(small):
     reader = Letters(list(range(30)))
-    letters = browse.letters_in(reader, "q", "q.dlq", Selection(lambda letter: True), None)
+    letters = browse.letters_in(reader, LETTER, Selection(lambda letter: True), None)
     assert reader.closed and [letter.died_at for letter in letters] == list(range(30))
 
     def fails(letter):
@@ -145,5 +148,5 @@ def test_the_reader_is_closed_before_the_first_letter_is_given_out_and_whatever_
 
     reader = Letters([1])
     with pytest.raises(ValueError):
-        browse.letters_in(reader, "q", "q.dlq", Selection(fails), None)
+        browse.letters_in(reader, LETTER, Selection(fails), None)
     assert reader.closed

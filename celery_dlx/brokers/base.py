@@ -158,6 +158,17 @@ class Run:
     stop: Callable[[], bool] = lambda: False
 
 
+@dataclass
+class Looking:
+    """Large DLQs that cannot be asked for pages (RabbitMQ) are read, and what was read is kept for a while.
+
+    ``say`` is told of which moment something is; ``fresh``: read them in any case.
+    """
+
+    say: Callable[[str], None]
+    fresh: bool = False
+
+
 class Holding(Protocol):
     """Letters that are held for a replay."""
 
@@ -170,6 +181,9 @@ class Holding(Protocol):
 
 class Broker(Protocol):
     """Reads and empties dead-letter queues."""
+
+    #: `browse` and `groups` are for eyes only; ``None``: what they say is acted on, and no older than the call.
+    looking: Looking | None
 
     def queues(self) -> list[str]:
         """Source queues that have a DLQ here, sorted."""

@@ -7,16 +7,19 @@ from typing import Any
 import click
 
 from celery_dlx.cli import output
-from celery_dlx.cli.main import FORCE, JSON, command, dead_letters, filters
+from celery_dlx.cli.main import FORCE, FRESH, JSON, command, dead_letters, filters
 from celery_dlx.letters import iso_time
 
 
 @command()
 @click.argument("queue", required=False)
 @filters
+@FRESH
 @FORCE
 @JSON
-def groups(ctx: click.Context, queue: str | None, force: bool, as_json: bool, limit: int | None, **selected: Any) -> None:
+def groups(
+    ctx: click.Context, queue: str | None, force: bool, fresh: bool, as_json: bool, limit: int | None, **selected: Any
+) -> None:
     """Letters by cause: how many, since when, with an example. The largest group first."""
     found = dead_letters(ctx).groups(queue, **selected)[:limit]
     if as_json:

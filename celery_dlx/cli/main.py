@@ -17,6 +17,7 @@ from kombu.exceptions import KombuError
 from redis.exceptions import RedisError, ResponseError
 
 from celery_dlx.app import DeadLetters
+from celery_dlx.brokers.base import Looking
 from celery_dlx.canvas import canvas_of
 from celery_dlx.cli import output
 from celery_dlx.errors import EXIT_FINDINGS, EXIT_UNREACHABLE, DeadLetterError, UsageError
@@ -74,6 +75,8 @@ def command(group: Any = dlx, **settings: Any) -> Callable[[Callable[..., Any]],
 def dead_letters(ctx: click.Context) -> DeadLetters:
     dead = DeadLetters.of(ctx.obj.app)
     dead.insist = bool(ctx.params.get("force"))
+    if "fresh" in ctx.params:
+        dead.looking = Looking(output.say, ctx.params["fresh"])
     return dead
 
 
@@ -87,6 +90,7 @@ JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object per
 FORCE = click.option(
     "--force", is_flag=True, help="Insist: read where that may delete letters (DLX107); replay what would die again."
 )
+FRESH = click.option("--fresh", is_flag=True, help="Read a large DLQ again, also if that was done a while ago (RabbitMQ).")
 YES = click.option("--yes", is_flag=True, help="Do not ask.")
 DRY_RUN = click.option("--dry-run", is_flag=True, help="Only say what would be done.")
 
@@ -135,6 +139,7 @@ _FILTERS = (
 @click.option("--newest/--oldest", default=False, help="Which come first; with --limit, which are shown.")
 @click.option("--after", metavar="ID", help="The next page: what comes after this letter.")
 @filters
+@FRESH
 @FORCE
 @JSON
 def list_letters(
@@ -143,6 +148,7 @@ def list_letters(
     newest: bool,
     after: str | None,
     force: bool,
+    fresh: bool,
     as_json: bool,
     limit: int | None,
     **selected: Any,

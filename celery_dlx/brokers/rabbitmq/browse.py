@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator
 from heapq import heappop, heappush
 
 from celery_dlx.brokers.rabbitmq.deliveries import Taken
-from celery_dlx.brokers.rabbitmq.letters import letter_of
 from celery_dlx.brokers.rabbitmq.reader import Reader
 from celery_dlx.brokers.rabbitmq.spool import Spool
 from celery_dlx.letters import DeadLetter
@@ -22,12 +21,8 @@ _FEW = 1_000
 LetterOf = Callable[[Taken], DeadLetter]
 
 
-def letters_in(reader: Reader, queue: str, dlq: str, page: Selection, limit: int | None) -> Iterator[DeadLetter]:
+def letters_in(reader: Reader, letter: LetterOf, page: Selection, limit: int | None) -> Iterator[DeadLetter]:
     """The letters of a page, set aside when this returns; the reader is closed."""
-
-    def letter(raw: Taken) -> DeadLetter:
-        return letter_of(raw, queue, dlq)
-
     try:
         if page.newest and limit is not None and limit <= _FEW:
             found: Iterable[Taken] = _few_newest(reader, letter, page, limit)

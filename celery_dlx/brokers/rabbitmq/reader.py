@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from time import monotonic, sleep
 from typing import Any
@@ -82,6 +82,8 @@ class Reader:
         #: More are there than may be held: what lies beyond is not seen.
         self.full = False
         self._buffer: deque[Taken] = deque()
+        #: Called with each letter that is seen, whoever wants it.
+        self.note: Callable[[Taken], None] | None = None
         channel = connection.channel()
         try:
             self.depth = channel.queue_declare(dlq, passive=True).message_count
@@ -106,6 +108,8 @@ class Reader:
             self.seen += 1
             self._open[raw.channel].handed = raw.delivery_tag
             self._redelivered = raw.redelivered
+            if self.note is not None:
+                self.note(raw)
             yield raw
 
     def _next(self) -> Taken | None:

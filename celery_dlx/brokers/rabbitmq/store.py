@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, suppress
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from amqp.exceptions import AMQPError, NotFound
 
-from celery_dlx.brokers.base import Match, QueueStats, Replayed, Run
+from celery_dlx.brokers.base import Looking, Match, QueueStats, Replayed, Run
+from celery_dlx.brokers.rabbitmq import index
 from celery_dlx.brokers.rabbitmq.browse import letters_in, set_aside
 from celery_dlx.brokers.rabbitmq.declare import Declarer, SideChannel
 from celery_dlx.brokers.rabbitmq.held import Held
@@ -27,7 +29,9 @@ from celery_dlx.brokers.rabbitmq.reader import CHANNELS, PER_CHANNEL, Reader
 from celery_dlx.brokers.rabbitmq.reports import Reports
 from celery_dlx.brokers.rabbitmq.unreachable import connected
 from celery_dlx.errors import ReplayError, SpoolError, UnsafeQueueError
-from celery_dlx.letters import DeadLetter
+from celery_dlx.groups import Group
+from celery_dlx.journal import state_folder
+from celery_dlx.letters import DeadLetter, iso_time
 from celery_dlx.policy.settings import BUILT_IN, Policy
 from celery_dlx.selection import Selection
 from celery_dlx.topology.arguments import dlq_arguments, version_tuple
@@ -57,6 +61,9 @@ class RabbitMQBroker:
         #: Read also where reading may delete.
         self.insist = False
         self._safe: set[str] = set()
+        self.looking: Looking | None = None
+        #: DLQs of which was said when they were read.
+        self._said: set[str] = set()
         #: By source queue: letters that were selected for a replay.
         self._held: dict[str, Held] = {}
         self._reports = Reports(self._connection)
@@ -85,10 +92,46 @@ class RabbitMQBroker:
             return sorted({queue for queue in self._known() if side.live_queue(self._policy.dlq(queue)) is not None})
 
     def browse(self, queue: str, match: Match | None = None, limit: int | None = None) -> Iterator[DeadLetter]:
+        if self.looking is None or not isinstance(match, Selection) or match.bodies:
+            return self._read(queue, match, limit)
+        index = self._index(queue)
+        found = None if index is None else index.letters(match)
+        if index is None or found is None:
+            return self._read(queue, match, limit, note=True)
+        letter = partial(letter_of, queue=queue, dlq=self._policy.dlq(queue))
+        return islice(filter(match, map(letter, found)), limit)
+
+    def _read(
+        self, queue: str, match: Match | None = None, limit: int | None = None, *, note: bool = False
+    ) -> Iterator[DeadLetter]:
+        """`browse`, of what is there now. ``note``: an index may be written of it."""
         dlq = self._policy.dlq(queue)
         page = match if isinstance(match, Selection) else Selection(match or (lambda letter: True))
         few = None if limit is None or page.newest else max(limit, 1 if match is None else WINDOW)
-        return letters_in(self._reader(queue, dlq, few=few), queue, dlq, page, limit)
+        reader, letter = self._reader(queue, dlq, few=few), partial(letter_of, queue=queue, dlq=dlq)
+        if not note or reader.depth < index.AT_LEAST:
+            return letters_in(reader, letter, page, limit)
+        with index.IndexWriter(self._place(dlq), reader, letter) as writer:
+            return letters_in(reader, writer.letter, page, limit)
+
+    def _place(self, dlq: str) -> Path:
+        """Where the index of a DLQ is."""
+        return index.place_of(state_folder() / "index", str(self._connect().as_uri()), dlq)
+
+    def _index(self, queue: str) -> index.Index | None:
+        """The index of a queue's DLQ, if it may be believed."""
+        dlq, settings = self._policy.dlq(queue), self._policy.settings(queue) or BUILT_IN
+        place = self._place(dlq)
+        if self.looking is None or self.looking.fresh or not place.exists():
+            return None
+        with SideChannel(self._connection().connection) as side:
+            live = side.live_queue(dlq)
+        found = None if live is None else index.open_index(place, live.message_count, settings.dlq_max_length)
+        if found is not None and dlq not in self._said:
+            self._said.add(dlq)
+            read_at = iso_time(int(found.read_at * 1000))
+            self.looking.say(f"{dlq}: {found.depth} letters as read at {read_at}; --fresh reads them again")
+        return found
 
     def _reader(self, queue: str, dlq: str, connection: Any = None, few: int | None = None) -> Reader:
         """A reader of a DLQ that can be read without harm.
@@ -124,14 +167,18 @@ class RabbitMQBroker:
             "configured, or insist with --force"
         )
 
-    def groups(self, queue: str, match: Match) -> None:
+    def groups(self, queue: str, match: Match) -> list[Group] | None:
         """A queue counts nothing but its length."""
+        if self.looking is None or not isinstance(match, Selection) or not match.causes_only:
+            return None
+        found = self._index(queue)
+        return None if found is None else found.groups(match.cause)
 
     def select(self, queue: str, match: Match) -> None:
         """A queue tells nothing of letters that are not read."""
 
     def get(self, queue: str, letter_id: str) -> DeadLetter | None:
-        return next(self.browse(queue, lambda letter: letter.id == letter_id, 1), None)
+        return next(self._read(queue, lambda letter: letter.id == letter_id, 1), None)
 
     def hold(self, queue: str, match: Match, limit: int | None = None) -> Held | None:
         if queue in self._held:
@@ -160,6 +207,7 @@ class RabbitMQBroker:
 
     def replay(self, queue: str, match: Match, limit: int | None = None, run: Run | None = None) -> Iterator[Replayed]:
         dlq, run = self._policy.dlq(queue), run or Run()
+        index.forget(self._place(dlq))
         connection = self._connection()
         held = self._held.pop(queue, None) if run.held else None
         if held is not None and not held.reader.is_on(connection):
@@ -229,6 +277,7 @@ class RabbitMQBroker:
                 message, letter = imported(line, self._policy)
                 if letter.queue not in there:
                     self._make_dlq(publishing, letter.queue)
+                    index.forget(self._place(letter.dlq))
                     there[letter.queue] = self._ids(letter.queue)
                 if letter.id in there[letter.queue]:
                     present += 1
@@ -254,11 +303,12 @@ class RabbitMQBroker:
             ids.add(letter.id)
             return False
 
-        self.browse(queue, collect)
+        self._read(queue, collect)
         return ids
 
     def discard(self, queue: str, match: Match, limit: int | None = None) -> Iterator[DeadLetter]:
         dlq = self._policy.dlq(queue)
+        index.forget(self._place(dlq))
         reader, taken, held = self._reader(queue, dlq), 0, 0
         try:
             batch: list[tuple[Any, DeadLetter]] = []
@@ -285,6 +335,7 @@ class RabbitMQBroker:
                 yield letter
 
     def purge(self, queue: str) -> int:
+        index.forget(self._place(self._policy.dlq(queue)))
         with SideChannel(self._connection().connection) as side:
             try:
                 return int(side.channel.queue_purge(self._policy.dlq(queue)) or 0)

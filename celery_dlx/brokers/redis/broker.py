@@ -11,7 +11,7 @@ from typing import Any
 import redis
 from redis.sentinel import MasterNotFoundError
 
-from celery_dlx.brokers.base import Match, QueueStats, Replayed, Run, wants_bodies
+from celery_dlx.brokers.base import Looking, Match, QueueStats, Replayed, Run, wants_bodies
 from celery_dlx.brokers.redis.moving import Mover
 from celery_dlx.brokers.redis.reader import Cause, Found, Span, bytes_of
 from celery_dlx.brokers.redis.records import read_fields
@@ -39,6 +39,9 @@ _MOST_CAUSES = 50
 
 class RedisBroker:
     """See `celery_dlx.brokers.base.Broker`."""
+
+    #: Redis can be asked for pages.
+    looking: Looking | None = None
 
     def __init__(self, connect: Callable[[], Any], policy: Policy) -> None:
         self._connect = connect
