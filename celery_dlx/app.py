@@ -72,6 +72,7 @@ class DeadLetters:
         self._given = policy
         self._policy: Policy | None = policy if isinstance(policy, Policy) else None
         self._broker: Broker | None = None
+        self._choice: Choice | None = None
         #: Read also DLQs where the broker deletes what is looked at too often (RabbitMQ ≥ 4.0, made by others).
         self.insist = False
         #: Looking at large DLQs is for eyes only: see `celery_dlx.brokers.base.Looking`.
@@ -180,7 +181,6 @@ class DeadLetters:
                 self._broker = RedisBroker(connect, self.policy)
             else:
                 raise UnsupportedBrokerError(f"broker transport {kind!r}: expected RabbitMQ (amqp://) or Redis (redis://)")
-        self._broker.looking = self.looking
         return self._broker
 
     @property
@@ -200,6 +200,9 @@ class DeadLetters:
 
     def close(self) -> None:
         """Close the connection that reading letters opened; the next call opens a new one."""
+        if self._choice is not None:
+            self._choice.release()
+            self._choice = None
         if self._broker is not None:
             self._broker.close()
             self._broker = None
@@ -247,14 +250,21 @@ class DeadLetters:
                 pages = {name: page for name, page in pages.items() if name not in earlier}
             pages[home] = matches.page(newest=newest, after=after, died_at=died_at)
         if newest:
-            found = (self.broker.browse(name, page, limit) for name, page in pages.items())
+            found = (self._look(name, page, limit) for name, page in pages.items())
             return islice(merge(*found, key=lambda letter: -letter.died_at), limit)
-        return islice((letter for name, page in pages.items() for letter in self.broker.browse(name, page, limit)), limit)
+        return islice((letter for name, page in pages.items() for letter in self._look(name, page, limit)), limit)
+
+    def _look(self, queue: str, page: selection.Selection, limit: int | None) -> Iterator[DeadLetter]:
+        return self.broker.browse(queue, page, limit, self.looking)
 
     def _locate(self, letter_id: str, names: list[str]) -> tuple[str, int]:
-        for name in names:
-            for letter in self.broker.browse(name, selection.match(ids=[letter_id]), 1):
-                return name, letter.died_at
+        page = selection.match(ids=[letter_id])
+        for looking in (self.looking, None):  # one that came since may not be known
+            for name in names:
+                for letter in self.broker.browse(name, page, 1, looking):
+                    return name, letter.died_at
+            if looking is None:
+                break
         raise self._unknown([letter_id], None)
 
     def groups(self, queue: str | None = None, **filters: Any) -> list[Group]:
@@ -262,11 +272,11 @@ class DeadLetters:
         groups = Groups()
         matches = selection.match(**filters)
         for name in self._queues(queue):
-            found = self.broker.groups(name, matches)
+            found = self.broker.groups(name, matches, self.looking)
             if found is not None:
                 groups.merge(found)
                 continue
-            for _ in self.broker.browse(name, matches.each(groups.add)):
+            for _ in self._look(name, matches.each(groups.add), None):
                 pass
         return groups.sorted()
 
@@ -276,7 +286,10 @@ class DeadLetters:
         """Choose letters to look at, and to replay then: see `celery_dlx.choice`. Filters as for `letters`."""
         ids = [ids] if isinstance(ids, str) else None if ids is None else list(ids)
         matches, text = selection.match(ids=ids, **filters), describe(queue, ids, filters)
-        return Choice(self.broker, self._queues(queue), matches, limit, text)
+        if self._choice is not None:
+            self._choice.release()  # nobody sent it
+        self._choice = Choice(self.broker, self.broker_name, self._queues(queue), matches, limit, text)
+        return self._choice
 
     def start_replay(
         self,

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import islice
 from typing import NamedTuple
+from uuid import uuid4
 
 from celery_dlx.brokers.base import Broker
+from celery_dlx.journal import QueueLocks
 from celery_dlx.letters import DeadLetter
 from celery_dlx.selection import Selection
 
@@ -25,20 +27,40 @@ class Chosen(NamedTuple):
 class Choice:
     """Letters of some queues that match, oldest first within each; at most ``limit``. ``text``: which ones, in words.
 
-    On RabbitMQ they are read once, and held until they are sent, or `release`d: nobody else sees them meanwhile.
+    From the first look on other replays are kept off these queues, until the letters were sent, or `release`. On RabbitMQ
+    they are read once, and held until then: nobody else sees them meanwhile. ``url``: the broker's, as journals know it.
     """
 
-    def __init__(self, broker: Broker, queues: list[str], match: Selection, limit: int | None, text: str) -> None:
-        self.queues, self.text = queues, text
-        self._broker, self._match, self._limit = broker, match, limit
-        broker.release()  # an earlier choice that nobody sent
+    def __init__(self, broker: Broker, url: str, queues: list[str], match: Selection, limit: int | None, text: str) -> None:
+        #: Id of the replay that will send them.
+        self.replay = uuid4().hex[:12]
+        self.queues, self.match, self.text = queues, match, text
+        self._broker, self._url, self._limit = broker, url, limit
+        self._locks: QueueLocks | None = None
+
+    def lock(self) -> None:
+        """Keep other replays off.
+
+        Raises:
+            UsageError: one is at these queues.
+        """
+        if self._locks is None:
+            self._locks = QueueLocks(self._url, self.queues, self.replay)
+
+    def hand_over(self) -> QueueLocks:
+        """What keeps others off, now the caller's to release."""
+        self.lock()
+        locks, self._locks = self._locks, None
+        assert locks is not None
+        return locks
 
     def letters(self) -> Iterator[DeadLetter]:
         """The letters with their messages."""
+        self.lock()
         left = self._limit
         for queue in self.queues:
-            held = self._broker.hold(queue, self._match, left)
-            found = held.letters() if held is not None else self._broker.browse(queue, self._match.with_bodies(), left)
+            held = self._broker.hold(queue, self.match, left)
+            found = held.letters() if held is not None else self._broker.browse(queue, self.match.with_bodies(), left)
             count = 0
             for letter in found:
                 count += 1
@@ -50,6 +72,7 @@ class Choice:
 
     def chosen(self) -> Iterator[Chosen]:
         """What is to be remembered of them; without reading them, where that can be told."""
+        self.lock()
         left = self._limit
         for queue in self.queues:
             count = 0
@@ -62,20 +85,23 @@ class Choice:
                     return
 
     def _chosen(self, queue: str, limit: int | None) -> Iterator[tuple[str, str | None]]:
-        known = self._broker.select(queue, self._match)
+        known = self._broker.select(queue, self.match)
         if known is not None:
             return islice(known, limit)
-        held = self._broker.hold(queue, self._match, limit)
+        held = self._broker.hold(queue, self.match, limit)
         if held is not None:
             return iter(held.chosen)
         if limit is not None:
-            return ((letter.id, letter.fingerprint) for letter in self._broker.browse(queue, self._match, limit))
+            return ((letter.id, letter.fingerprint) for letter in self._broker.browse(queue, self.match, limit))
         found: list[tuple[str, str | None]] = []
-        note = self._match.each(lambda letter: found.append((letter.id, letter.fingerprint)))
+        note = self.match.each(lambda letter: found.append((letter.id, letter.fingerprint)))
         for _ in self._broker.browse(queue, note):
             pass
         return iter(found)
 
     def release(self) -> None:
-        """Put back what is held."""
+        """Put back what is held, and let others at it."""
         self._broker.release()
+        locks, self._locks = self._locks, None
+        if locks is not None:
+            locks.release()

@@ -73,6 +73,10 @@ class SpoolError(DeadLetterError):
     """Letters cannot be set aside while their dead-letter queue is read; all are still in it."""
 
 
+class SpoiltIndexError(DeadLetterError):
+    """What was kept of a dead-letter queue cannot be read any more, and is forgotten; the letters are where they were."""
+
+
 class JournalError(DeadLetterError):
     """A replay's journal cannot be written."""
 

@@ -42,8 +42,8 @@ class Group:
         return "falling" if self.last_hour < 0.8 * self.hour_before else "steady"
 
     def add(self, letter: DeadLetter, now: float) -> None:
-        self.first_seen = min(self.first_seen or letter.died_at, letter.died_at)
-        if letter.died_at >= self.last_seen:
+        self.first_seen = _first(self.first_seen, letter.died_at)
+        if letter.died_at >= self.last_seen or not self.count:
             self.last_seen, self.example = letter.died_at, letter.id
             self.message = (letter.exception or {}).get("message", "")[:200]
         self.count += 1
@@ -53,7 +53,7 @@ class Group:
 
     def merge(self, other: Group) -> None:
         """Take in the same group of another queue."""
-        self.first_seen = min(self.first_seen, other.first_seen)
+        self.first_seen = _first(self.first_seen, other.first_seen)
         if other.last_seen >= self.last_seen:
             self.last_seen, self.example, self.message = other.last_seen, other.example, other.message
         self.count += other.count
@@ -75,6 +75,11 @@ class Group:
             "last_hour": self.last_hour,
             "hour_before": self.hour_before,
         }
+
+
+def _first(one: int, other: int) -> int:
+    """The earlier of two times, of those that are known: 0 stands for none."""
+    return min(one, other) if one and other else one or other
 
 
 class Groups:

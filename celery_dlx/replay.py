@@ -16,13 +16,12 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
-from uuid import uuid4
 
 from amqp.exceptions import AMQPError
 from kombu.exceptions import KombuError
 from redis.exceptions import RedisError
 
-from celery_dlx.brokers.base import Broker, Replayed, Run
+from celery_dlx.brokers.base import Broker, Match, Replayed, Run
 from celery_dlx.choice import Choice
 from celery_dlx.errors import DeadLetterError, ReplayError, UsageError
 from celery_dlx.journal import Entry, Journal, QueueLocks, Record, read_record
@@ -81,6 +80,8 @@ class Engine:
     _sent: set[str] = field(default_factory=set)
     #: Letters that an earlier run was sending when it was killed.
     _sending_before: frozenset[str] = frozenset()
+    #: What its letters were chosen by, in this run.
+    _chosen_by: Match | None = None
 
     @property
     def record(self) -> Record:
@@ -177,7 +178,16 @@ class Engine:
         if rate:
             self.broker.release()  # it may take hours
         batch = max(1, min(_BATCH, int(rate / 10))) if rate else _BATCH
-        run = Run(self.record.replay, self.options.to, batch, lambda: bool(ids), self._editor(), heard(), True, self._over)
+        run = Run(
+            self.record.replay,
+            self.options.to,
+            batch,
+            lambda: bool(ids),
+            self._editor(),
+            heard(),
+            self._chosen_by,
+            self._over,
+        )
         # A paced replay looks anew now and then: RabbitMQ takes letters back that are held for half an hour.
         size = max(1, int(rate * _LOOK_ANEW)) if rate else len(all_ids)
         moved: list[str] = []
@@ -313,9 +323,9 @@ def start(broker: Broker, url: str, choice: Choice, options: Options, **hooks: A
         UsageError: another replay is at the same queues.
         JournalError: the journal cannot be written.
     """
-    record, locks = Record(uuid4().hex[:12]), None
+    record = Record(choice.replay)
     try:
-        locks = QueueLocks(url, choice.queues, record.replay)
+        choice.lock()
         journal = Journal(record)
         by = f"{_user()}@{socket.gethostname()}"
         now = int(time.time() * 1000)
@@ -326,10 +336,8 @@ def start(broker: Broker, url: str, choice: Choice, options: Options, **hooks: A
         journal.write("selected")
     except BaseException:
         choice.release()
-        if locks is not None:
-            locks.release()
         raise
-    return Engine(broker, journal, options, **hooks), locks
+    return Engine(broker, journal, options, _chosen_by=choice.match, **hooks), choice.hand_over()
 
 
 def resume(
@@ -340,6 +348,7 @@ def resume(
     Raises:
         UsageError: there is none, it is running, it was on another broker, or nothing of it had left.
     """
+    broker.release()  # an earlier choice that nobody sent
     record = read_record(replay)
     if record.broker != url:
         raise UsageError(f"replay {replay} was on {record.broker}, this app's broker is {url}")

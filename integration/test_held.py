@@ -14,9 +14,10 @@ from workers import environment
 
 from celery_dlx import DeadLetters
 from celery_dlx.brokers.rabbitmq import reader, spool
+from celery_dlx.brokers.rabbitmq.letters import at_rest
 from celery_dlx.brokers.rabbitmq.reader import Reader
 from celery_dlx.errors import UsageError
-from celery_dlx.journal import QueueLocks
+from celery_dlx.letters import Death, Original, compose
 from celery_dlx.policy.settings import Policy
 from celery_dlx.replay import Options
 
@@ -104,15 +105,69 @@ def test_what_is_not_sent_is_in_its_place_again(apps, queue, monkeypatch):
 
 
 def test_who_may_not_replay_holds_nothing(apps, queue):
+    """Not even while he looks: whoever replays already would miss letters, and he would find none."""
     dead, other = apps
     ids = fill(dead, queue, 20)
-    locks = QueueLocks(dead.broker_name, [queue], "somebody")
-    choice = dead.choose(queue=queue)
+    choice = other.choose(queue=queue)
     assert len(list(choice.letters())) == 20
+    with pytest.raises(UsageError, match=f"is being replayed already, by replay {choice.replay}"):
+        list(dead.choose(queue=queue).letters())
     with pytest.raises(UsageError, match="is being replayed already"):
-        dead.start_replay(choice=choice)
+        dead.start_replay(queue=queue)
+    assert dead.broker._held == {}
+    choice.release()
+    assert seen(dead, queue) == ids
+    assert run(dead, dead.choose(queue=queue))[0] == ids
+
+
+def test_choices_do_not_mix(apps, queue):
+    dead, other = apps
+    ids = fill(dead, queue, 12)
+    first, second = dead.choose(ids[:3], queue), dead.choose(ids[6:9], queue)
+    assert [letter.id for letter in second.letters()] == ids[6:9]
+    with pytest.raises(UsageError, match=f"by replay {second.replay}"):
+        next(first.letters())
+    assert run(dead, second)[0] == ids[6:9]
+    assert [letter.id for letter in first.letters()] == ids[:3]
+    assert run(dead, first)[0] == ids[:3]
+    # One that is still looked at when another replay goes on.
+    engine, locks = dead.start_replay(queue=queue, options=Options(wait=0), hooks={"interrupted": lambda: True})
+    assert list(engine.run()) == []
     locks.release()
-    assert seen(other, queue) == ids
+    engine.journal.close()
+    left = [*ids[3:6], *ids[9:]]
+    looked = dead.choose([ids[4]], queue)
+    assert [letter.id for letter in looked.letters()] == [ids[4]]
+    looked.release()
+    engine, locks = dead.resume_replay(engine.record.replay, wait=0)
+    assert [each.letter.id for each in engine.run()] == left
+    locks.release()
+    engine.journal.close()
+    assert seen(other, queue) == []
+
+
+def test_letters_that_die_again_meanwhile_stay_in_their_dlq(apps, queue, monkeypatch):
+    """What is acknowledged makes room in the windows: what comes must not be delivered to us instead."""
+    monkeypatch.setattr(reader, "PER_CHANNEL", 5)
+    monkeypatch.setattr("celery_dlx.brokers.rabbitmq.moving.WINDOW", 4)
+    dead, other = apps
+    ids = fill(dead, queue, 60)
+    engine, locks = dead.start_replay(queue=queue, options=Options(wait=0))
+    held, again, most = dead.broker._held[queue].reader, [], 0
+    with other.app.connection_for_write() as connection:
+        channel = connection.default_channel
+        for number, _ in enumerate(engine.run()):
+            original = Original(
+                b"again", {"task": "t", "id": f"again-{number}", "retries": 0}, {"delivery_mode": 2}, "", queue
+            )
+            died = compose(Death("failure", queue, 1_800_000_000_000 + number, "E", "m", "t"), original, f"{queue}.dlq")
+            channel.basic_publish_confirm(at_rest(died, "guest"), "", f"{queue}.dlq")
+            again.append(died.id)
+            most = max(most, len(held._buffer))
+    locks.release()
+    engine.journal.close()
+    assert (len(again), most) == (len(ids), 0)
+    assert seen(other, queue) == again
 
 
 def test_a_paced_replay_and_one_that_waits_for_canaries_hold_nothing(apps, queue):

@@ -16,7 +16,7 @@ from workers import environment
 
 from celery_dlx import DeadLetters
 from celery_dlx.brokers.base import Looking
-from celery_dlx.brokers.rabbitmq import index, reader
+from celery_dlx.brokers.rabbitmq import index, indexing, reader
 from celery_dlx.brokers.rabbitmq.reader import Reader
 from celery_dlx.policy.settings import Policy
 
@@ -26,8 +26,8 @@ COUNT = 60
 @pytest.fixture(autouse=True)
 def state(tmp_path, monkeypatch):
     monkeypatch.setenv("CELERY_DLX_STATE", str(tmp_path / "state"))
-    monkeypatch.setattr(index, "AT_LEAST", 20)
-    monkeypatch.setattr(index, "_LOT", 7)
+    monkeypatch.setattr(indexing, "AT_LEAST", 20)
+    monkeypatch.setattr(indexing, "_LOT", 7)
     return tmp_path / "state"
 
 
@@ -144,9 +144,7 @@ def test_what_others_change_is_read_again(dead, queue, ids, readings, rabbitmq, 
     kept = files(state)[0].read_bytes()
     assert len(list(other.discard([ids[0]], queue))) == 1
     other.close()
-    files_of = state / "index"
-    (name,) = [index.place_of(files_of, str(dead.app.connection_for_read().as_uri()), f"{queue}.dlq")]
-    name.write_bytes(kept)
+    index.place_of(str(dead.app.connection_for_read().as_uri()), f"{queue}.dlq").write_bytes(kept)
     readings.clear()
     assert seen(dead, queue) == ids[1:]
     assert len(readings) == 1
@@ -205,7 +203,7 @@ def test_no_index_is_nobodys_business(dead, queue, ids, readings, state, monkeyp
         state.mkdir()
         (state / "index").touch()
     elif fault == "full disk":
-        real = index.sqlite3.connect
+        real = indexing.sqlite3.connect
 
         class Full:
             def __init__(self, base):
@@ -254,8 +252,8 @@ def test_odd_letters(dead, queue, readings):
 
 def test_the_commands_say_so(dead, queue, ids, rabbitmq, tmp_path):
     (tmp_path / "small.py").write_text(
-        "from celery import Celery\nfrom celery_dlx import DeadLetters\nfrom celery_dlx.brokers.rabbitmq import index\n"
-        "import os\nindex.AT_LEAST = 20\napp = Celery('small', broker=os.environ['DLX_BROKER'])\nDeadLetters(app)\n"
+        "from celery import Celery\nfrom celery_dlx import DeadLetters\nfrom celery_dlx.brokers.rabbitmq import indexing\n"
+        "import os\nindexing.AT_LEAST = 20\napp = Celery('small', broker=os.environ['DLX_BROKER'])\nDeadLetters(app)\n"
     )
     env = environment(rabbitmq.url, CELERY_DLX_STATE=os.environ["CELERY_DLX_STATE"])
     env["PYTHONPATH"] = os.pathsep.join((str(tmp_path), env["PYTHONPATH"]))

@@ -152,8 +152,8 @@ class Run:
     edit: Callable[[DeadLetter], None] | None = None
     #: Whether replayed letters are given with their messages, on Redis too.
     bodies: bool = False
-    #: The letters are those that `Broker.hold` holds, if it does.
-    held: bool = False
+    #: What was chosen by: letters that `Broker.hold` holds for this very test need not be read.
+    held: Match | None = None
     #: Asked before each letter: no more of them, but finish what was begun.
     stop: Callable[[], bool] = lambda: False
 
@@ -182,17 +182,19 @@ class Holding(Protocol):
 class Broker(Protocol):
     """Reads and empties dead-letter queues."""
 
-    #: `browse` and `groups` are for eyes only; ``None``: what they say is acted on, and no older than the call.
-    looking: Looking | None
-
     def queues(self) -> list[str]:
         """Source queues that have a DLQ here, sorted."""
 
-    def browse(self, queue: str, match: Match | None = None, limit: int | None = None) -> Iterator[DeadLetter]:
-        """The (matching) letters of a queue's DLQ, oldest first, without removing or changing any."""
+    def browse(
+        self, queue: str, match: Match | None = None, limit: int | None = None, looking: Looking | None = None
+    ) -> Iterator[DeadLetter]:
+        """The (matching) letters of a queue's DLQ, oldest first, without removing or changing any.
 
-    def groups(self, queue: str, match: Match) -> Iterable[Group] | None:
-        """The groups of matching letters, where the broker counts them as they come and go; ``None``: browse, and count."""
+        ``looking``: for eyes only, and may be some minutes old; else it is acted on, and no older than the call.
+        """
+
+    def groups(self, queue: str, match: Match, looking: Looking | None = None) -> Iterable[Group] | None:
+        """The groups of matching letters, where they are known without reading all; ``None``: browse, and count."""
 
     def select(self, queue: str, match: Match) -> Iterator[tuple[str, str]] | None:
         """Id and fingerprint of matching letters, where they can be told without reading letters; ``None``: browse."""
@@ -203,7 +205,8 @@ class Broker(Protocol):
     def hold(self, queue: str, match: Match, limit: int | None = None) -> Holding | None:
         """Take matching letters aside for a replay, where that spares reading them again: nobody else sees them then.
 
-        Asked again, the same ones. They are held until that replay ends, or `release`; ``None``: nothing is held.
+        Asked again by the same test, the same ones; by another one, those before are put back. They are held until that
+        replay ends, or `release`; ``None``: nothing is held.
         """
 
     def release(self) -> None:

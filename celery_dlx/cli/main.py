@@ -75,8 +75,7 @@ def command(group: Any = dlx, **settings: Any) -> Callable[[Callable[..., Any]],
 def dead_letters(ctx: click.Context) -> DeadLetters:
     dead = DeadLetters.of(ctx.obj.app)
     dead.insist = bool(ctx.params.get("force"))
-    if "fresh" in ctx.params:
-        dead.looking = Looking(output.say, ctx.params["fresh"])
+    dead.looking = Looking(output.say, ctx.params["fresh"]) if "fresh" in ctx.params else None
     return dead
 
 

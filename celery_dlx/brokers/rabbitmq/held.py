@@ -27,6 +27,8 @@ class Held:
             SpoolError: they cannot be set aside.
         """
         self.reader = reader
+        #: What they were chosen by: they are nobody else's.
+        self.match, self.limit = match, limit
         self._letter_of = letter_of
         #: Id and fingerprint of each, in their order.
         self.chosen: list[tuple[str, str]] = []
@@ -43,6 +45,8 @@ class Held:
                 if len(self.chosen) == limit:
                     break
         self._spool.flush()
+        # What is acknowledged makes room, in which what dies again meanwhile would be delivered to us.
+        reader.stop()
 
     def letters(self) -> Iterator[DeadLetter]:
         """What is held, with messages."""

@@ -176,8 +176,8 @@ class Reader:
                 channel.basic_ack(tag)
             channel.queue_declare(self._dlq, passive=True)
 
-    def _keep_order(self) -> None:
-        """See to it that letters come back in their order.
+    def stop(self) -> None:
+        """Take no more, and see to it that letters come back in their order.
 
         A quorum queue gives out what was put back before all else, in the order in which it was: so whoever took some of
         what was put back earlier takes the rest of it along. And what one channel puts back must not go to the next one.
@@ -217,7 +217,7 @@ class Reader:
         """
         open_channels = [channel for channel in self._open if channel.is_open]
         if open_channels:
-            self._keep_order()
+            self.stop()
         if not self._dlq or not open_channels:
             for channel in self._open:
                 self._deliveries.close(channel)

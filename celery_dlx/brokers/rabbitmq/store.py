@@ -6,8 +6,9 @@ How letters are taken without being consumed is `reader`'s.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 from amqp.exceptions import AMQPError, NotFound
 
 from celery_dlx.brokers.base import Looking, Match, QueueStats, Replayed, Run
-from celery_dlx.brokers.rabbitmq import index
+from celery_dlx.brokers.rabbitmq import index, indexing
 from celery_dlx.brokers.rabbitmq.browse import letters_in, set_aside
 from celery_dlx.brokers.rabbitmq.declare import Declarer, SideChannel
 from celery_dlx.brokers.rabbitmq.held import Held
@@ -30,7 +31,6 @@ from celery_dlx.brokers.rabbitmq.reports import Reports
 from celery_dlx.brokers.rabbitmq.unreachable import connected
 from celery_dlx.errors import ReplayError, SpoolError, UnsafeQueueError
 from celery_dlx.groups import Group
-from celery_dlx.journal import state_folder
 from celery_dlx.letters import DeadLetter, iso_time
 from celery_dlx.policy.settings import BUILT_IN, Policy
 from celery_dlx.selection import Selection
@@ -61,9 +61,8 @@ class RabbitMQBroker:
         #: Read also where reading may delete.
         self.insist = False
         self._safe: set[str] = set()
-        self.looking: Looking | None = None
         #: DLQs of which was said when they were read.
-        self._said: set[str] = set()
+        self._said: set[tuple[str, str]] = set()
         #: By source queue: letters that were selected for a replay.
         self._held: dict[str, Held] = {}
         self._reports = Reports(self._connection)
@@ -91,13 +90,16 @@ class RabbitMQBroker:
         with SideChannel(connection.connection) as side:
             return sorted({queue for queue in self._known() if side.live_queue(self._policy.dlq(queue)) is not None})
 
-    def browse(self, queue: str, match: Match | None = None, limit: int | None = None) -> Iterator[DeadLetter]:
-        if self.looking is None or not isinstance(match, Selection) or match.bodies:
+    def browse(
+        self, queue: str, match: Match | None = None, limit: int | None = None, looking: Looking | None = None
+    ) -> Iterator[DeadLetter]:
+        if looking is None or not isinstance(match, Selection) or match.bodies:
             return self._read(queue, match, limit)
-        index = self._index(queue)
-        found = None if index is None else index.letters(match)
-        if index is None or found is None:
+        known = self._index(queue, looking)
+        found = None if known is None else known.letters(match)
+        if known is None or found is None:
             return self._read(queue, match, limit, note=True)
+        self._say(queue, known, looking)
         letter = partial(letter_of, queue=queue, dlq=self._policy.dlq(queue))
         return islice(filter(match, map(letter, found)), limit)
 
@@ -109,29 +111,46 @@ class RabbitMQBroker:
         page = match if isinstance(match, Selection) else Selection(match or (lambda letter: True))
         few = None if limit is None or page.newest else max(limit, 1 if match is None else WINDOW)
         reader, letter = self._reader(queue, dlq, few=few), partial(letter_of, queue=queue, dlq=dlq)
-        if not note or reader.depth < index.AT_LEAST:
+        place = self._place(dlq) if note and reader.depth >= indexing.AT_LEAST else None
+        if place is None:
             return letters_in(reader, letter, page, limit)
-        with index.IndexWriter(self._place(dlq), reader, letter) as writer:
+        with indexing.IndexWriter(place, reader, letter) as writer:
             return letters_in(reader, writer.letter, page, limit)
 
-    def _place(self, dlq: str) -> Path:
+    def _place(self, dlq: str) -> Path | None:
         """Where the index of a DLQ is."""
-        return index.place_of(state_folder() / "index", str(self._connect().as_uri()), dlq)
+        return index.place_of(str(self._connect().as_uri()), dlq)
 
-    def _index(self, queue: str) -> index.Index | None:
+    def _index(self, queue: str, looking: Looking) -> index.Index | None:
         """The index of a queue's DLQ, if it may be believed."""
         dlq, settings = self._policy.dlq(queue), self._policy.settings(queue) or BUILT_IN
         place = self._place(dlq)
-        if self.looking is None or self.looking.fresh or not place.exists():
+        if place is None:
+            return None
+        index.sweep(place.parent)
+        if looking.fresh or not os.path.exists(place):  # it asks no folder that may not be searched
             return None
         with SideChannel(self._connection().connection) as side:
             live = side.live_queue(dlq)
-        found = None if live is None else index.open_index(place, live.message_count, settings.dlq_max_length)
-        if found is not None and dlq not in self._said:
-            self._said.add(dlq)
-            read_at = iso_time(int(found.read_at * 1000))
-            self.looking.say(f"{dlq}: {found.depth} letters as read at {read_at}; --fresh reads them again")
-        return found
+        if live is None:
+            return None
+        return index.open_index(place, live.message_count, settings.dlq_max_length, settings.dlq_max_bytes)
+
+    def _say(self, queue: str, known: index.Index, looking: Looking) -> None:
+        told = self._policy.dlq(queue), iso_time(int(known.read_at * 1000))
+        if told not in self._said:
+            self._said.add(told)
+            looking.say(f"{told[0]}: {known.depth} letters as read at {told[1]}; --fresh reads them again")
+
+    @contextmanager
+    def _changing(self, dlq: str) -> Iterator[None]:
+        """What is known of a DLQ is not true any more; nor is what somebody reads of it meanwhile."""
+        place = self._place(dlq)
+        index.forget(place)
+        try:
+            yield
+        finally:
+            index.forget(place)
 
     def _reader(self, queue: str, dlq: str, connection: Any = None, few: int | None = None) -> Reader:
         """A reader of a DLQ that can be read without harm.
@@ -167,12 +186,15 @@ class RabbitMQBroker:
             "configured, or insist with --force"
         )
 
-    def groups(self, queue: str, match: Match) -> list[Group] | None:
+    def groups(self, queue: str, match: Match, looking: Looking | None = None) -> list[Group] | None:
         """A queue counts nothing but its length."""
-        if self.looking is None or not isinstance(match, Selection) or not match.causes_only:
+        if looking is None or not isinstance(match, Selection) or not match.causes_only:
             return None
-        found = self._index(queue)
-        return None if found is None else found.groups(match.cause)
+        known = self._index(queue, looking)
+        found = None if known is None else known.groups(match.cause)
+        if known is not None and found is not None:
+            self._say(queue, known, looking)
+        return found
 
     def select(self, queue: str, match: Match) -> None:
         """A queue tells nothing of letters that are not read."""
@@ -181,17 +203,21 @@ class RabbitMQBroker:
         return next(self._read(queue, lambda letter: letter.id == letter_id, 1), None)
 
     def hold(self, queue: str, match: Match, limit: int | None = None) -> Held | None:
-        if queue in self._held:
-            return self._held[queue]
-        if len(self._held) >= _MOST_HELD or sum(held.reader.seen for held in self._held.values()) >= CHANNELS * PER_CHANNEL:
+        held = self._held.get(queue)
+        if held is not None and held.match is match and held.limit == limit:
+            return held
+        if held is not None:
+            self.release()
+        if len(self._held) >= _MOST_HELD or sum(each.reader.seen for each in self._held.values()) >= CHANNELS * PER_CHANNEL:
             return None
         dlq = self._policy.dlq(queue)
         reader = self._reader(queue, dlq)
         try:
             self._held[queue] = held = Held(reader, partial(letter_of, queue=queue, dlq=dlq), match, limit)
-        except SpoolError as exc:
+        except (SpoolError, AMQPError) as exc:  # no room to set them aside; or so many channels are not to be had
             logger.debug("letters of %s are read twice: %s", dlq, exc)
-            reader.close()
+            with suppress(AMQPError, OSError):
+                reader.close()
             return None
         except BaseException:
             reader.close()
@@ -207,22 +233,30 @@ class RabbitMQBroker:
 
     def replay(self, queue: str, match: Match, limit: int | None = None, run: Run | None = None) -> Iterator[Replayed]:
         dlq, run = self._policy.dlq(queue), run or Run()
-        index.forget(self._place(dlq))
-        connection = self._connection()
-        held = self._held.pop(queue, None) if run.held else None
-        if held is not None and not held.reader.is_on(connection):
-            held.forget()  # its connection broke: all of them are in their DLQ
-            held = None
-        reader = held.reader if held is not None else self._reader(queue, dlq, connection)
-        try:
-            # A connection of its own for publishing: under an alarm it blocks, and the reader must still acknowledge.
-            with self._connect() as publishing:
-                publishing.connect()
-                yield from move(held or Reading(reader, run), publishing, queue, dlq, match, limit, run)
-        finally:
-            if held is not None:
-                held.forget()
-            self._finish(reader, queue, dlq)
+        with self._changing(dlq):
+            connection = self._connection()
+            held = self._taken_out(queue, run, connection)
+            reader = held.reader if held is not None else self._reader(queue, dlq, connection)
+            try:
+                # A connection of its own for publishing: under an alarm it blocks, and the reader must still acknowledge.
+                with self._connect() as publishing:
+                    publishing.connect()
+                    yield from move(held or Reading(reader, run), publishing, queue, dlq, match, limit, run)
+            finally:
+                if held is not None:
+                    held.forget()
+                self._finish(reader, queue, dlq)
+
+    def _taken_out(self, queue: str, run: Run, connection: Any) -> Held | None:
+        """What is held for this replay, from now on its own."""
+        held = self._held.get(queue)
+        if held is None or run.held is None or held.match is not run.held:
+            return None
+        del self._held[queue]
+        if held.reader.is_on(connection):
+            return held
+        held.forget()  # its connection broke: all of them are in their DLQ
+        return None
 
     def _finish(self, reader: Reader, queue: str, dlq: str) -> None:
         """Close a reader; what it acknowledged and the queue did not take is acknowledged again."""
@@ -270,14 +304,14 @@ class RabbitMQBroker:
             if outcome != STORED:
                 refused.append(f"{token.key} ({outcome})")
 
-        with self._connect() as publishing:
+        with self._connect() as publishing, ExitStack() as changing:
             publishing.connect()
             pipeline = ConfirmPipeline(publishing.connection, on_outcome)
             for line in lines:
                 message, letter = imported(line, self._policy)
                 if letter.queue not in there:
                     self._make_dlq(publishing, letter.queue)
-                    index.forget(self._place(letter.dlq))
+                    changing.enter_context(self._changing(letter.dlq))
                     there[letter.queue] = self._ids(letter.queue)
                 if letter.id in there[letter.queue]:
                     present += 1
@@ -308,24 +342,24 @@ class RabbitMQBroker:
 
     def discard(self, queue: str, match: Match, limit: int | None = None) -> Iterator[DeadLetter]:
         dlq = self._policy.dlq(queue)
-        index.forget(self._place(dlq))
-        reader, taken, held = self._reader(queue, dlq), 0, 0
-        try:
-            batch: list[tuple[Any, DeadLetter]] = []
-            for raw in reader:
-                letter = letter_of(raw, queue, dlq)
-                if not match(letter):
-                    continue
-                batch.append((raw, letter))
-                taken, held = taken + 1, held + len(raw.body)
-                if len(batch) >= WINDOW or held >= HELD_BYTES or taken == limit:
-                    yield from self._discard(reader, batch)
-                    batch, held = [], 0
-                if taken == limit:
-                    break
-            yield from self._discard(reader, batch)
-        finally:
-            self._finish(reader, queue, dlq)
+        with self._changing(dlq):
+            reader, taken, held = self._reader(queue, dlq), 0, 0
+            try:
+                batch: list[tuple[Any, DeadLetter]] = []
+                for raw in reader:
+                    letter = letter_of(raw, queue, dlq)
+                    if not match(letter):
+                        continue
+                    batch.append((raw, letter))
+                    taken, held = taken + 1, held + len(raw.body)
+                    if len(batch) >= WINDOW or held >= HELD_BYTES or taken == limit:
+                        yield from self._discard(reader, batch)
+                        batch, held = [], 0
+                    if taken == limit:
+                        break
+                yield from self._discard(reader, batch)
+            finally:
+                self._finish(reader, queue, dlq)
 
     @staticmethod
     def _discard(reader: Reader, batch: list[tuple[Any, DeadLetter]]) -> Iterator[DeadLetter]:
@@ -335,8 +369,7 @@ class RabbitMQBroker:
                 yield letter
 
     def purge(self, queue: str) -> int:
-        index.forget(self._place(self._policy.dlq(queue)))
-        with SideChannel(self._connection().connection) as side:
+        with self._changing(self._policy.dlq(queue)), SideChannel(self._connection().connection) as side:
             try:
                 return int(side.channel.queue_purge(self._policy.dlq(queue)) or 0)
             except NotFound:

@@ -40,9 +40,6 @@ _MOST_CAUSES = 50
 class RedisBroker:
     """See `celery_dlx.brokers.base.Broker`."""
 
-    #: Redis can be asked for pages.
-    looking: Looking | None = None
-
     def __init__(self, connect: Callable[[], Any], policy: Policy) -> None:
         self._connect = connect
         self._policy = policy
@@ -76,7 +73,9 @@ class RedisBroker:
     def queues(self) -> list[str]:
         return self._store.announced()
 
-    def browse(self, queue: str, match: Match | None = None, limit: int | None = None) -> Iterator[DeadLetter]:
+    def browse(
+        self, queue: str, match: Match | None = None, limit: int | None = None, looking: Looking | None = None
+    ) -> Iterator[DeadLetter]:
         found = self._search(queue, match, bodies=wants_bodies(match))
         return islice((letter for _, letter in found), limit)
 
@@ -175,7 +174,7 @@ class RedisBroker:
                     found[cause] = letter_of(each.record, None, each.score, self._policy.dlq(queue), each.id)
         return found
 
-    def groups(self, queue: str, match: Match) -> list[Group] | None:
+    def groups(self, queue: str, match: Match, looking: Looking | None = None) -> list[Group] | None:
         if not isinstance(match, Selection) or not match.causes_only:
             return None
         known = self._store.reader.causes(queue)
