@@ -228,7 +228,7 @@ class LetterReader:
         ``None`` where the counts do not add up: letters were stored by somebody else's hand.
         """
         name = self.keys(queue)[0]
-        pipe = self.client.pipeline()
+        pipe = self.client.pipeline(transaction=False)  # a full server refuses transactions, even such as only read
         pipe.zcard(name)
         pipe.zrevrange(name + b":causes", 0, -1, withscores=True)
         total, counts = pipe.execute()
