@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 from celery.signals import celeryd_init
 
 from celery_dlx import selection
-from celery_dlx.brokers.base import Broker, QueueStats, Replayed, Run
+from celery_dlx.brokers.base import Broker, Chosen, QueueStats, Replayed, Run
 from celery_dlx.brokers.cover import BrokerCover
 from celery_dlx.brokers.queues import identity, queues_class
 from celery_dlx.brokers.redis import install as install_redis_transport
@@ -34,7 +34,7 @@ from celery_dlx.groups import Group, Groups
 from celery_dlx.journal import QueueLocks
 from celery_dlx.letters import DeadLetter
 from celery_dlx.policy.settings import Policy, is_glob, management_url
-from celery_dlx.replay import Chosen, Engine, Options, describe, resume, start
+from celery_dlx.replay import Engine, Options, describe, resume, start
 from celery_dlx.signals import dead_letter_replayed, heard
 
 if TYPE_CHECKING:
@@ -287,13 +287,13 @@ class DeadLetters:
     def _chosen(self, queue: str, matches: selection.Selection, limit: int | None) -> Iterator[Chosen]:
         known = self.broker.select(queue, matches)
         if known is not None:
-            yield from islice((Chosen(letter_id, fingerprint) for letter_id, fingerprint in known), limit)
+            yield from islice(known, limit)
             return
         if limit is not None:
-            yield from (Chosen(letter.id, letter.fingerprint) for letter in self.broker.browse(queue, matches, limit))
+            yield from map(Chosen.of, self.broker.browse(queue, matches, limit))
             return
         found: list[Chosen] = []
-        note = matches.each(lambda letter: found.append(Chosen(letter.id, letter.fingerprint)))
+        note = matches.each(lambda letter: found.append(Chosen.of(letter)))
         for _ in self.broker.browse(queue, note):
             pass
         yield from found

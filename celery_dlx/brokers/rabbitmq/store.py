@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from amqp.exceptions import NotFound
 
-from celery_dlx.brokers.base import Match, QueueStats, Replayed, Run
+from celery_dlx.brokers.base import Chosen, Match, QueueStats, Replayed, Run
 from celery_dlx.brokers.rabbitmq.browse import letters_in, set_aside
 from celery_dlx.brokers.rabbitmq.declare import Declarer, SideChannel
 from celery_dlx.brokers.rabbitmq.deliveries import deliveries_of
@@ -26,7 +26,7 @@ from celery_dlx.brokers.rabbitmq.pipeline import REFUSED, RETURNED, STORED, Conf
 from celery_dlx.brokers.rabbitmq.reader import Reader
 from celery_dlx.brokers.rabbitmq.reports import Reports
 from celery_dlx.brokers.rabbitmq.unreachable import connected
-from celery_dlx.errors import ReplayError, UnsafeQueueError
+from celery_dlx.errors import ReplayError, UnsafeQueueError, UsageError
 from celery_dlx.letters import DeadLetter
 from celery_dlx.policy.settings import BUILT_IN, Policy
 from celery_dlx.selection import Selection
@@ -75,6 +75,11 @@ def _again(reader: Reader, run: Run) -> Iterator[Any]:
 
 class RabbitMQBroker:
     """See `celery_dlx.brokers.base.Broker`."""
+
+    raw_refusal = (
+        "not on RabbitMQ, where a message without our header cannot be told from another when the broker returns it; leave "
+        "out --raw, or move the messages by the broker's own shovel"
+    )
 
     def __init__(
         self,
@@ -163,6 +168,9 @@ class RabbitMQBroker:
 
     def get(self, queue: str, letter_id: str) -> DeadLetter | None:
         return next(self.browse(queue, lambda letter: letter.id == letter_id, 1), None)
+
+    def replay_raw(self, queue: str, letters: Iterator[Chosen], run: Run) -> Iterator[Replayed]:
+        raise UsageError(self.raw_refusal)
 
     def replay(self, queue: str, match: Match, limit: int | None = None, run: Run | None = None) -> Iterator[Replayed]:
         dlq = self._policy.dlq(queue)
