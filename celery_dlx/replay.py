@@ -152,7 +152,8 @@ class Engine:
             raise refused
 
     def _send_raw(self, queue: str, entries: list[Entry]) -> Iterator[Replayed]:
-        sending = RawSending(self.journal, entries, self._paced, lambda: self.on_progress(self.record))
+        pace = self._paced if self.options.rate else None
+        sending = RawSending(self.journal, entries, pace, lambda: self.on_progress(self.record))
         run = Run(to=self.options.to, batch=self._batch, bodies=heard(), stop=self._over)
         for replayed in sending.through(self.broker, queue, run):
             dead_letter_replayed.send(sender=None, letter=replayed.letter, queue=replayed.queue)

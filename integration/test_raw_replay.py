@@ -304,6 +304,29 @@ def test_a_server_that_forgot_its_scripts(redis_server, client):
         assert client.llen(queue) == 800
 
 
+def test_connections_that_end_meanwhile(redis_server, client):
+    """Whoever takes his time finds one that lives; what was under way is told, or is found gone when it is resumed."""
+    items = {str(number): ITEMS["usual"] for number in range(5_000)}
+    with stored(redis_server.url, items) as (dead, queue, _, ids):
+        engine, locks = dead.start_replay(queue=queue, options=Options(raw=True))
+        seen, errors = [], []
+        while True:
+            for each in engine.run():
+                seen.append(each.letter.id)
+                if len(seen) % 700 == 1:
+                    client.client_kill_filter(_type="normal", skipme=True)
+            locks.release()
+            engine.journal.close()
+            if engine.error is None:
+                break
+            errors.append(engine.error)
+            engine, locks = dead.resume_replay(engine.record.replay)
+        assert engine.record.summary()["replayed"] == len(ids) and engine.record.summary()["left"] == 0
+        assert len(set(seen)) == len(seen), "none was told twice"
+        assert client.llen(queue) == len(ids) and emptied(client, queue)
+        assert all(isinstance(error, redis.exceptions.ConnectionError) for error in errors)
+
+
 def test_whoever_listens_gets_whole_letters(redis_server, client):
     items = {str(number): ITEMS["retried" if number % 3 else "compact"] for number in range(150)}
     heard = []

@@ -293,7 +293,7 @@ class RawLists(Lists):
     raw_refusal = ""
 
     def replay_raw(self, queue, letters, run):
-        for chosen in letters:
+        while not run.stop() and (chosen := next(letters, None)):
             for letter in [each for each in self.dlq if (each.id, each.died_at) == (chosen.id, chosen.died_at)]:
                 self.dlq.remove(letter)
                 self.queue.append(letter.id)

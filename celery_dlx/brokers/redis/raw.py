@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -19,6 +20,7 @@ from celery_dlx.brokers.redis.reader import Found, bytes_of
 from celery_dlx.brokers.redis.scripts import load
 from celery_dlx.brokers.redis.store import LetterStore, Move, moved_of
 from celery_dlx.brokers.redis.stored import Stored, letter_of, millisecond
+from celery_dlx.errors import DeadLetterError
 from celery_dlx.lazy import unread
 from celery_dlx.letters import DeadLetter
 
@@ -27,6 +29,8 @@ logger = logging.getLogger("celery_dlx")
 #: Letters moved by one script, which tells their causes apart by a byte; fewer where they are read before.
 _LOT, _READ = 250, 64
 _PRIORITIES = range(10)
+#: Lots that may have been sent when what became of one is read.
+_AHEAD = 1
 
 
 class _Sent:
@@ -56,7 +60,7 @@ class RawMover:
         self._aside = Aside(store.client, self._script)
         #: Of letters that nobody reads.
         self._nothing = Stored(None, None, queue)
-        self._sent: _Sent | None = None
+        self._sent: deque[_Sent] = deque()
         self._moved: list[Replayed] = []
 
     def send(self, letters: list[Chosen]) -> Iterator[Replayed]:
@@ -66,36 +70,47 @@ class RawMover:
             StoreFullError, ReplayError: nothing of what is not yielded has moved, but for letters sent before.
         """
         lot = list({each.id: each for each in letters}.values())  # a message must not be pushed twice
-        args, read = self._args(lot), self._read(lot) if self._run.bodies else {}
-        self._settle()
-        # Redis is at work while what moved before is told, and the next letters are prepared.
+        # Where Redis waits, nothing is gained by another call at once; and its connection may be closed by now.
+        while self._sent and self._aside.answers():
+            self._settle()
+        args = self._args(lot, self._sent[-1].lot[-1] if self._sent else None)
+        read = self._read(lot) if self._run.bodies else {}
         begin = partial(self._script, keys=self._keys, args=args) if self._waits else self._aside.begin(self._keys, args)
-        self._sent = _Sent(lot, begin, read)
-        if self._waits:
+        self._sent.append(_Sent(lot, begin, read))
+        # Redis goes on with a lot while what became of the one before is told, and the next one prepared.
+        while len(self._sent) > (0 if self._waits else _AHEAD):
             self._settle()
         yield from self._tell()
 
     def finish(self) -> Iterator[Replayed]:
-        """What was sent before comes to its end; yields what moved."""
-        self._settle()
+        """What was sent before comes to its end; yields what moved, and then says what did not come to one."""
+        failed: Exception | None = None
+        while self._sent:
+            try:
+                self._settle()
+            except (redis.exceptions.RedisError, DeadLetterError, OSError) as exc:
+                failed = failed or exc
         yield from self._tell()
+        if failed is not None:
+            raise failed
 
     def close(self) -> None:
         """Nobody wants to know any more what becomes of letters that were sent."""
-        self._sent = None
+        self._sent.clear()
         self._aside.close()
 
     def _tell(self) -> Iterator[Replayed]:
         moved, self._moved = self._moved, []
         yield from moved
 
-    def _args(self, lot: list[Chosen]) -> list[Any]:
+    def _args(self, lot: list[Chosen], after: Chosen | None = None) -> list[Any]:
         ids = [bytes_of(each.id) for each in lot]
         causes: dict[str, int] = {}
         of_cause = bytes(causes.setdefault(each.fingerprint, len(causes) + 1) for each in lot)
         numbers = json.dumps([number for id_, each in zip(ids, lot, strict=True) for number in (len(id_), each.died_at)])
         span = lot[0].died_at, f"({lot[-1].died_at + 1}"
-        return [self._lists, of_cause, b" ".join(ids), numbers, *span, *map(bytes_of, causes)]
+        before = (b"", "") if after is None else (bytes_of(after.id), after.died_at)
+        return [self._lists, of_cause, b" ".join(ids), numbers, *span, *before, *map(bytes_of, causes)]
 
     def _read(self, lot: list[Chosen]) -> dict[str, DeadLetter]:
         """Letters by their ids, for somebody listens."""
@@ -112,10 +127,8 @@ class RawMover:
             yield [each for each in page if millisecond(each.score) == died_at[each.id]]
 
     def _settle(self) -> None:
-        """Wait for what becomes of a lot that was sent, and send what is left of it."""
-        sent, self._sent = self._sent, None
-        if sent is None:
-            return
+        """Wait for what becomes of the first lot that was sent, and send what is left of it."""
+        sent = self._sent.popleft()
         lot, step = sent.lot, sent.began
         while lot:
             with self._explained(len(lot)):

@@ -2,7 +2,8 @@
 -- KEYS: letters, payloads, records, stats, then the lists
 -- ARGV: which list (from 1) each priority from 0 to 9 goes to, and a message that says none, as JSON; a byte per letter: which
 --       cause it is of (from 1); their ids, between blanks; per letter the bytes of its id and the millisecond it died in, as
---       JSON; the first and last score they have, as ZRANGE takes them; then the causes.
+--       JSON; the first and last score they have, as ZRANGE takes them; the last letter of the lot before, that must have left, and
+--       the millisecond it died in, or '' and '': its answer is not known yet; then the causes.
 -- A letter that someone else replayed or discarded, or that died again since it was selected, is left alone: what comes back as
 -- it was dies under the id it had, and must not leave again because somebody asks whether it left.
 -- Returns how many letters were looked at, for it ends early when it has two megabytes; the ids that are not there as they
@@ -20,6 +21,9 @@ local function died_in(score)
   if score == math.huge or score == -math.huge then return 0 end
   return score < 0 and math.ceil(score) or math.floor(score)
 end
+
+local before = ARGV[8] ~= '' and redis.call('ZSCORE', KEYS[1], ARGV[7])
+if before and died_in(before) == tonumber(ARGV[8]) then return {0, {}, 0} end -- nobody is overtaken
 
 -- Mostly they are all there, one after the other, and nothing else died in that time: then no score need be looked at.
 local ids, there = redis.call('ZRANGE', KEYS[1], ARGV[5], ARGV[6], 'BYSCORE', 'LIMIT', 0, count), nil
@@ -67,7 +71,7 @@ if #moved > 0 then
   redis.call('ZREM', KEYS[1], unpack(moved))
   push()
   local left = 0
-  for cause, of_it in pairs(of_cause) do left = left + leave_cause(ARGV[6 + cause], of_it) end
+  for cause, of_it in pairs(of_cause) do left = left + leave_cause(ARGV[8 + cause], of_it) end
   -- Where they were selected by another word than their records' own, these are asked.
   if left < #moved then leave_causes(moved, redis.call('HMGET', KEYS[3], unpack(moved))) end
   redis.call('HDEL', KEYS[2], unpack(moved))
