@@ -156,7 +156,8 @@ class Engine:
         sending = RawSending(self.journal, entries, pace, lambda: self.on_progress(self.record))
         run = Run(to=self.options.to, batch=self._batch, bodies=heard(), stop=self._over)
         for replayed in sending.through(self.broker, queue, run):
-            dead_letter_replayed.send(sender=None, letter=replayed.letter, queue=replayed.queue)
+            if run.bodies:
+                dead_letter_replayed.send(sender=None, letter=replayed.letter, queue=replayed.queue)
             yield replayed
         if not self._over():
             self._gone(sending.left)

@@ -32,7 +32,7 @@ READ_HERE = {
     "properties among the headers", "an object after it", "other keys after it", "other order",
     "compact", "blanks after it", "as UTF-16", "cut short", "two headers", "nothing",
 }  # fmt: skip
-LISTS = {"kombu's": {}, "others": {"priority_steps": list(range(10)), "sep": ":"}}
+LISTS = {"kombu's": {}, "others": {"priority_steps": list(range(10)), "sep": ":"}, "few connections": {"max_connections": 2}}
 
 
 @pytest.fixture(autouse=True)

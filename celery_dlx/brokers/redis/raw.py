@@ -133,9 +133,7 @@ class RawMover:
         while lot:
             with self._explained(len(lot)):
                 done = moved_of(step())
-            for each in lot[: done.looked]:
-                if each.id not in done.stayed:
-                    self._note(each, sent.read)
+            self._note([each for each in lot[: done.looked] if each.id not in done.stayed], sent.read)
             lot = lot[done.looked :]
             if done.unfit:  # then all that come after it, too: they must not overtake it
                 self._push(lot, sent.read)
@@ -156,9 +154,7 @@ class RawMover:
                 some = first_lot(moves)
                 with self._explained(len(some)):
                     done = self._store.replay(self._queue, some)
-                for move in some[: done.looked]:
-                    if move.id not in done.stayed:
-                        self._note(chosen[move.id], read)
+                self._note([chosen[move.id] for move in some[: done.looked] if move.id not in done.stayed], read)
                 del moves[: done.looked]
 
     @contextmanager
@@ -168,10 +164,10 @@ class RawMover:
         except redis.exceptions.ResponseError as exc:
             raise explained(exc, f"{count} letters stay in {self._dlq!r}") from exc
 
-    def _note(self, each: Chosen, read: dict[str, DeadLetter]) -> None:
-        letter = read.get(each.id)
-        if letter is None:
-            letter_id, fingerprint, died_at = each
-            known = {"id": letter_id, "fingerprint": fingerprint, "died_at": died_at, "dlq": self._dlq, "edited": None}
-            letter = unread(DeadLetter, self._nothing, known)
-        self._moved.append(Replayed(letter, self._to, []))
+    def _note(self, moved: list[Chosen], read: dict[str, DeadLetter]) -> None:
+        self._moved += [Replayed(read.get(each.id) or self._unread(each), self._to, []) for each in moved]
+
+    def _unread(self, each: Chosen) -> DeadLetter:
+        letter_id, fingerprint, died_at = each
+        known = {"id": letter_id, "fingerprint": fingerprint, "died_at": died_at, "dlq": self._dlq, "edited": None}
+        return unread(DeadLetter, self._nothing, known)
