@@ -70,7 +70,7 @@ _TRACEBACK = """Traceback (most recent call last):
 WANTED = {
     "page": "≤ 50", "middle": "≤ 50", "groups": "≤ 50", "scan": "≥ 200000", "memory": "≤ 1.6", "replay": "≥ 15000",
     "slow": "≤ 10", "list": "≤ 1", "rabbit groups": "≥ 15000", "client": "≤ 200", "shovel": "≥ 0.75", "loop": "≥ 1",
-    "rate": "≤ 5",
+    "rate": "≤ 5", "raw": "≥ 100000",
 }  # fmt: skip
 RATE, RATED = 200, 1_000
 #: Letters that left within this time of each other, in seconds, left together.
@@ -258,6 +258,13 @@ def measure_redis(url: str, count: int, table: Table) -> None:
     slow.read("storing")
     report_engine(table, "redis", count, *engine_seconds(dead, count), WANTED["replay"])
     slow.read("replaying by the engine")
+    client.unlink(QUEUE)  # aside: it must not be the longest command
+    fill_redis(dead, count)
+    slow.read("storing")
+    selecting, sending = engine_seconds(dead, count, raw=True)
+    note = f"after selecting, which took {selecting:.1f} s; sending {sending:.1f} s"
+    table.add("redis: raw bulk replay by the engine", count / sending, "letters/s", WANTED["raw"], note)
+    slow.read("replaying raw")
     client.unlink(QUEUE)  # aside: it must not be the longest command
     fill_redis(dead, RATED)
     report_rate(table, "redis", dead)

@@ -4,24 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice
-from typing import NamedTuple
 from uuid import uuid4
 
-from celery_dlx.brokers.base import Broker
+from celery_dlx.brokers.base import Broker, Chosen
 from celery_dlx.journal import QueueLocks
 from celery_dlx.letters import DeadLetter
 from celery_dlx.selection import Selection
-
-
-class Chosen(NamedTuple):
-    """What a replay remembers of a letter: its id, the queue whose DLQ it lies in, and its fingerprint.
-
-    By that queue, for what the letter's record says may be anybody's word.
-    """
-
-    id: str
-    queue: str
-    fingerprint: str | None
 
 
 class Choice:
@@ -70,21 +58,24 @@ class Choice:
                 if left <= 0:
                     return
 
-    def chosen(self) -> Iterator[Chosen]:
-        """What is to be remembered of them; without reading them, where that can be told."""
+    def chosen(self) -> Iterator[tuple[str, Chosen]]:
+        """What is to be remembered of them; without reading them, where that can be told.
+
+        With the queue whose DLQ each lies in: what its record says of that may be anybody's word.
+        """
         self.lock()
         left = self._limit
         for queue in self.queues:
             count = 0
-            for letter_id, fingerprint in self._chosen(queue, left):
+            for each in self._chosen(queue, left):
                 count += 1
-                yield Chosen(letter_id, queue, fingerprint)
+                yield queue, each
             if left is not None:
                 left -= count
                 if left <= 0:
                     return
 
-    def _chosen(self, queue: str, limit: int | None) -> Iterator[tuple[str, str | None]]:
+    def _chosen(self, queue: str, limit: int | None) -> Iterator[Chosen]:
         known = self._broker.select(queue, self.match)
         if known is not None:
             return islice(known, limit)
@@ -92,9 +83,9 @@ class Choice:
         if held is not None:
             return iter(held.chosen)
         if limit is not None:
-            return ((letter.id, letter.fingerprint) for letter in self._broker.browse(queue, self.match, limit))
-        found: list[tuple[str, str | None]] = []
-        note = self.match.each(lambda letter: found.append((letter.id, letter.fingerprint)))
+            return map(Chosen.of, self._broker.browse(queue, self.match, limit))
+        found: list[Chosen] = []
+        note = self.match.each(lambda letter: found.append(Chosen.of(letter)))
         for _ in self._broker.browse(queue, note):
             pass
         return iter(found)

@@ -38,6 +38,8 @@ class Entry:
     id: str
     queue: str
     fingerprint: str
+    #: In milliseconds since the epoch; noted of raw replays only, after which a letter may come back under its id.
+    died_at: int = 0
     state: str = "selected"
     #: Said to be about to leave; said to have left.
     sending: bool = False
@@ -97,8 +99,8 @@ class Record:
             self.started, self.selection, self.by = line["started"], line["selection"], line["by"]
             self.broker, self.options = line["broker"], line["options"]
         elif kind == "select":
-            for letter_id, queue, mark in line["letters"]:
-                self.entries[letter_id] = Entry(letter_id, queue, mark)
+            for letter_id, queue, mark, *died_at in line["letters"]:
+                self.entries[letter_id] = Entry(letter_id, queue, mark, *died_at)
         elif kind == "state":
             for letter_id in line["letters"]:
                 entry = self.entries.get(letter_id)

@@ -21,11 +21,12 @@ from amqp.exceptions import AMQPError
 from kombu.exceptions import KombuError
 from redis.exceptions import RedisError
 
-from celery_dlx.brokers.base import Broker, Match, Replayed, Run
+from celery_dlx.brokers.base import Broker, Chosen, Match, Replayed, Run
 from celery_dlx.choice import Choice
 from celery_dlx.errors import DeadLetterError, ReplayError, UsageError
 from celery_dlx.journal import Entry, Journal, QueueLocks, Record, read_record
 from celery_dlx.letters import DeadLetter
+from celery_dlx.raw import RawSending, check
 from celery_dlx.selection import Selection, match
 from celery_dlx.signals import dead_letter_replayed, heard
 
@@ -56,6 +57,8 @@ class Options:
     patience: float = CANARY_PATIENCE
     #: A JSON Patch over the arguments; see `celery_dlx.editing.Edit`.
     edit: str | None = None
+    #: Messages go back as they are; see `celery_dlx.raw`.
+    raw: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -149,14 +152,29 @@ class Engine:
             if self._over():
                 break
             try:
-                yield from self._send_queue(queue, [entry.id for entry in chosen])
+                yield from self._send_raw(queue, chosen) if self.options.raw else self._send_queue(queue, chosen)
             except ReplayError as exc:  # letters that cannot go must not hold up other queues, now and at each resume
                 refused = refused or exc
         if refused is not None:
             raise refused
 
-    def _send_queue(self, queue: str, all_ids: list[str]) -> Iterator[Replayed]:
-        ids: set[str] = set()
+    def _send_raw(self, queue: str, entries: list[Entry]) -> Iterator[Replayed]:
+        pace = self._paced if self.options.rate else None
+        sending = RawSending(self.journal, entries, pace, lambda: self.on_progress(self.record))
+        run = Run(to=self.options.to, batch=self._batch, bodies=heard(), stop=self._over)
+        for replayed in sending.through(self.broker, queue, run):
+            if run.bodies:
+                dead_letter_replayed.send(sender=None, letter=replayed.letter, queue=replayed.queue)
+            yield replayed
+        if not self._over():
+            self._gone(sending.left)
+
+    @property
+    def _batch(self) -> int:
+        return max(1, min(_BATCH, int(self.options.rate / 10))) if self.options.rate else _BATCH
+
+    def _send_queue(self, queue: str, entries: list[Entry]) -> Iterator[Replayed]:
+        all_ids, ids = [entry.id for entry in entries], set[str]()
         announced: set[str] = set()
         coming: Iterator[str] = iter(())
 
@@ -174,20 +192,11 @@ class Engine:
             ids.discard(letter.id)  # a duplicate with the same id stays where it is
             return True
 
-        rate = self.options.rate
+        rate, batch = self.options.rate, self._batch
         if rate:
             self.broker.release()  # it may take hours
-        batch = max(1, min(_BATCH, int(rate / 10))) if rate else _BATCH
-        run = Run(
-            self.record.replay,
-            self.options.to,
-            batch,
-            lambda: bool(ids),
-            self._editor(),
-            heard(),
-            self._chosen_by,
-            self._over,
-        )
+        run = Run(self.record.replay, self.options.to, batch, lambda: bool(ids), self._editor(), heard())
+        run.held, run.stop = self._chosen_by, self._over
         # A paced replay looks anew now and then: RabbitMQ takes letters back that are held for half an hour.
         size = max(1, int(rate * _LOOK_ANEW)) if rate else len(all_ids)
         moved: list[str] = []
@@ -266,6 +275,8 @@ class Engine:
 
     def _look(self) -> None:
         """Take in what workers reported, a page of it."""
+        if self.options.raw:
+            return  # nobody does
         reports = self.broker.outcomes(self.record.replay)
         by_state: dict[str, list[str]] = {}
         differently: list[str] = []
@@ -309,7 +320,7 @@ class Engine:
 
     def _await_rest(self) -> None:
         """Hear what becomes of the others, as long as there is news."""
-        while not self.interrupted():
+        while not self.options.raw and not self.interrupted():
             self._look()
             if not self._in_state("replayed") or time.monotonic() - self._heard > self.options.wait:
                 return
@@ -320,17 +331,18 @@ def start(broker: Broker, url: str, choice: Choice, options: Options, **hooks: A
     """Begin a replay: the selection (queue and letter) is journaled before anything leaves.
 
     Raises:
-        UsageError: another replay is at the same queues.
+        UsageError: another replay is at the same queues; or the options exclude each other, or are not to be had here.
         JournalError: the journal cannot be written.
     """
     record = Record(choice.replay)
     try:
+        check(options, broker)
         choice.lock()
         journal = Journal(record)
         by = f"{_user()}@{socket.gethostname()}"
         now = int(time.time() * 1000)
         journal.write("start", started=now, selection=choice.text, by=by, broker=url, options=options.as_dict())
-        found = choice.chosen()
+        found = (_line(queue, letter, options) for queue, letter in choice.chosen())
         while batch := list(islice(found, _BATCH)):
             journal.note("select", letters=batch)  # "selected" makes sure of all of them
         journal.write("selected")
@@ -368,6 +380,10 @@ def resume(
         locks.release()
         raise
     return Engine(broker, journal, options, _sending_before=before, **hooks), locks
+
+
+def _line(queue: str, letter: Chosen, options: Options) -> list[Any]:
+    return [letter.id, queue, letter.fingerprint, *([letter.died_at] if options.raw else ())]
 
 
 def _user() -> str:

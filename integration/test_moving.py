@@ -21,6 +21,7 @@ from celery_dlx.brokers.redis.store import Capture
 from celery_dlx.brokers.redis.stored import letter_of
 from celery_dlx.letters import HEADER, Death, Original, compose
 from celery_dlx.policy.settings import Policy
+from celery_dlx.replay import Options
 from celery_dlx.replaying import BROKER_HEADERS
 
 HEADERS = {
@@ -363,3 +364,21 @@ def test_letters_that_are_stored_together_on_a_full_server(redis_server):
         finally:
             client.config_set("maxmemory", 0)
         assert [letter.id for letter in dead.letters(queue)] == [letter.id for letter in letters]
+
+
+def test_the_engine_replays_on_a_full_server(redis_server, monkeypatch, tmp_path):
+    """Which refuses transactions, also those that only read."""
+    monkeypatch.setenv("CELERY_DLX_STATE", str(tmp_path))
+    client = redis.Redis.from_url(redis_server.url)
+    with stored(redis_server.url, {str(number): ITEMS["usual"] for number in range(200)}) as (dead, queue, _, ids):
+        client.config_set("maxmemory", 1)
+        try:
+            with pytest.raises(redis.exceptions.OutOfMemoryError):
+                client.set(queue, b"")
+            engine, locks = dead.start_replay(queue=queue, options=Options(wait=0))
+            moved = [each.letter.id for each in engine.run()]
+        finally:
+            client.config_set("maxmemory", 0)
+        locks.release()
+        engine.journal.close()
+        assert engine.error is None and moved == list(ids.values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from celery_dlx.groups import Group
 from celery_dlx.letters import DeadLetter, Death, Original
@@ -130,6 +130,18 @@ class Replayed:
     changes: list[str]
 
 
+class Chosen(NamedTuple):
+    """What is remembered of a letter that was selected; when it died in milliseconds since the epoch."""
+
+    id: str
+    fingerprint: str
+    died_at: int
+
+    @staticmethod
+    def of(letter: DeadLetter) -> Chosen:
+        return Chosen(letter.id, letter.fingerprint, letter.died_at)
+
+
 Match = Callable[[DeadLetter], bool]
 
 
@@ -172,8 +184,8 @@ class Looking:
 class Holding(Protocol):
     """Letters that are held for a replay."""
 
-    #: Id and fingerprint of each, oldest first.
-    chosen: list[tuple[str, str]]
+    #: Oldest first.
+    chosen: list[Chosen]
 
     def letters(self) -> Iterator[DeadLetter]:
         """The letters, with their messages; may be asked for more than once."""
@@ -181,6 +193,9 @@ class Holding(Protocol):
 
 class Broker(Protocol):
     """Reads and empties dead-letter queues."""
+
+    #: Why `replay_raw` is not to be had here; "" where it is.
+    raw_refusal: str
 
     def queues(self) -> list[str]:
         """Source queues that have a DLQ here, sorted."""
@@ -196,8 +211,8 @@ class Broker(Protocol):
     def groups(self, queue: str, match: Match, looking: Looking | None = None) -> Iterable[Group] | None:
         """The groups of matching letters, where they are known without reading all; ``None``: browse, and count."""
 
-    def select(self, queue: str, match: Match) -> Iterator[tuple[str, str]] | None:
-        """Id and fingerprint of matching letters, where they can be told without reading letters; ``None``: browse."""
+    def select(self, queue: str, match: Match) -> Iterator[Chosen] | None:
+        """Matching letters, where they can be told without being read; ``None``: browse."""
 
     def get(self, queue: str, letter_id: str) -> DeadLetter | None:
         """One letter with its message; ``None`` if the queue's DLQ does not hold it."""
@@ -214,6 +229,13 @@ class Broker(Protocol):
 
     def replay(self, queue: str, match: Match, limit: int | None = None, run: Run | None = None) -> Iterator[Replayed]:
         """Move matching letters back to their source queue, each at-least-once."""
+
+    def replay_raw(self, queue: str, letters: Iterator[Chosen], run: Run) -> Iterator[Replayed]:
+        """Move letters back to their source queue with the very bytes of their messages, each exactly once.
+
+        They are taken from ``letters`` as they are about to leave. One that died again since it was chosen stays. Letters
+        that are yielded know no more than was chosen, unless ``run.bodies``; ``run.edit`` and ``run.wanted`` are not asked.
+        """
 
     def watch(self, replay: str) -> None:
         """From now on keep what workers report of this replay's messages, for a day."""

@@ -26,7 +26,8 @@ from celery_dlx.errors import EXIT_FINDINGS, ReplayError, UnknownLetterError, Us
 from celery_dlx.journal import Record, as_history, history, read_record
 from celery_dlx.letters import DeadLetter
 from celery_dlx.policy.durations import parse_duration
-from celery_dlx.replay import Options
+from celery_dlx.raw import MEANING, check
+from celery_dlx.replay import Engine, Options
 
 #: Kinds of doubts that are shown.
 _SHOWN = 10
@@ -67,6 +68,11 @@ def _seconds(ctx: click.Context, option: click.Parameter, value: str | None) -> 
     metavar="PATCH",
     help="Change arguments on the way: a JSON Patch over /args and /kwargs, @FILE, or `editor` for one letter.",
 )
+@click.option(
+    "--raw",
+    is_flag=True,
+    help="In bulk, messages as they are (Redis): nobody reports on them; retries, expires and the count of replays stay.",
+)
 @click.option("--no-preflight", is_flag=True, help="Do not ask workers whether they would execute it.")
 @click.option("--resume", metavar="REPLAY", help="Go on with a replay that was stopped or killed.")
 def replay_letters(
@@ -82,6 +88,7 @@ def replay_letters(
     wait: float | None,
     resume: str | None,
     edit: str | None,
+    raw: bool,
     no_preflight: bool,
     dry_run: bool,
     yes: bool,
@@ -103,6 +110,7 @@ def replay_letters(
             to,
             stop_on_repeat,
             edit,
+            raw or None,
             dry_run or None,
         )
         if any(value is not None for value in given):
@@ -111,6 +119,8 @@ def replay_letters(
             )
     else:
         ids, queue, selected = split_targets(targets, everything, queue, selected)
+        options = Options(canary, rate, to, bool(canary) if stop_on_repeat is None else stop_on_repeat, edit=edit, raw=raw)
+        check(options, dead.broker)
         change = _edit(dead, edit, ids, queue)
         if dry_run:
             preview(dead, ids, queue, limit, selected, as_json)
@@ -126,13 +136,14 @@ def replay_letters(
             try:
                 if not no_preflight:
                     _preflight(dead, choice, to, force, change)
-                options = Options(canary, rate, to, bool(canary) if stop_on_repeat is None else stop_on_repeat)
                 options.edit = None if change is None else change.text
                 options.wait = options.wait if wait is None else wait
                 engine, locks = dead.start_replay(choice=choice, options=options, hooks=hooks)
             except BaseException:
                 choice.release()  # in their order, which the end of the process would not keep
                 raise
+        if engine.options.raw:
+            output.say(MEANING)
         run = engine.run()
         try:
             for replayed in run:
@@ -141,7 +152,7 @@ def replay_letters(
             run.close()  # it writes the end into its journal
             locks.release()
             engine.journal.close()
-    _report(engine.record, as_json)
+    _report(engine, as_json)
     if engine.error is not None:
         raise engine.error
     missing = sorted(set(ids or ()) - set(engine.record.entries))
@@ -214,12 +225,14 @@ def _show(replayed: Replayed, record: Record, as_json: bool) -> None:
         click.echo(output.line(f"{letter.id} → {replayed.queue}  {letter.task or '-'}{changes}"))
 
 
-def _report(record: Record, as_json: bool) -> None:
+def _report(engine: Engine, as_json: bool) -> None:
+    record = engine.record
     summary = record.summary()
     if as_json:
         output.json_line(summary)
     parts = [f"{summary['replayed']} letters replayed"]
-    parts += [f"{summary[key]} {words}" for key, words in _WORDS.items() if summary[key]]
+    words = {**_WORDS, "waiting": "raw, of which nobody will tell"} if engine.options.raw else _WORDS
+    parts += [f"{summary[key]} {said}" for key, said in words.items() if summary[key]]
     output.say(f"{', '.join(parts)} (replay {record.replay})")
     if summary["stopped"]:
         output.say(f"Stopped: {summary['stopped']}. Go on with: celery -A APP dlx replay --resume {record.replay}")

@@ -47,6 +47,13 @@ REPLAY = {
     "redis": [*_JOURNALED, f"before {STORE}.replay", f"after {STORE}.replay", f"before {STORE}.begin_replay",
               f"after {STORE}.begin_replay", f"before {REDIS}.aside:Aside.close"],
 }  # fmt: skip
+RAW_MOVER = f"{REDIS}.raw:RawMover"
+RAW = {
+    "redis": [*(step for step in _JOURNALED if "=edited" not in step and "=state" not in step),
+              f"after {JOURNAL}.note=state", f"after {RAW_MOVER}._args",
+              f"before {REDIS}.aside:Aside.begin", f"after {REDIS}.aside:Aside.begin",
+              f"before {RAW_MOVER}._settle", f"after {RAW_MOVER}._settle", f"before {RAW_MOVER}.close"],
+}  # fmt: skip
 DISCARD = {
     "rabbitmq": [f"before {READER}.acknowledge", f"after {READER}.acknowledge"],
     "redis": [f"before {STORE}.discard", f"after {STORE}.discard"],
@@ -197,6 +204,29 @@ def test_a_replay_is_killed_at_a_step(server, queue, dead, step, tmp_path):
     summary = json.loads(done.stdout.splitlines()[-1])
     assert (summary["left"], summary["stopped"]) == (0, None), summary
     settled(dead, server, queue, GOOD, BAD)
+
+
+@steps(RAW)
+def test_a_raw_replay_is_killed_at_a_step(server, queue, dead, step, tmp_path):
+    (tmp_path / "fixed").touch()
+    # In lots that are waited for, or all at once.
+    pace = [] if "Aside" in step else ["--rate", "100/s"]
+    tool(dead, "replay", queue, "--all", "--yes", "--raw", "--no-preflight", *pace, step=step)
+    (row,) = dead.json("history")
+    whole = row["selected"] == MESSAGES and "=select" not in step
+    # What left and cannot be processed dies again, under the id it had, before the others are asked for.
+    with redis.Redis.from_url(server.url) as client:
+        left = int(client.hget(f"dlx:{{{queue}.dlq}}:stats", "replayed") or 0)
+    wait_for(lambda: waiting(server, queue) == 0, lambda: dead.output[-3000:])
+    again = ("--resume", row["replay"]) if whole else (queue, "--all", "--yes", "--raw")
+    done = tool(dead, "replay", *again, "--json")
+    assert done.returncode == 0, done
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert (summary["replayed"], summary["left"], summary["stopped"]) == (MESSAGES, 0, None), summary
+    settled(dead, server, queue, GOOD, BAD)
+    assert Counter(line for line in dead.ran() if line) == {str(number): 1 for number in GOOD}, "none ran twice"
+    (stats,) = dead.json("stats", queue)
+    assert (stats["replayed"], stats["captured"]) == (MESSAGES, MESSAGES + len(BAD)), (left, stats)
 
 
 @steps(DISCARD)

@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from celery_dlx.brokers.base import Match
+from celery_dlx.brokers.base import Chosen, Match
 from celery_dlx.brokers.rabbitmq.deliveries import Taken
 from celery_dlx.brokers.rabbitmq.reader import Reader
 from celery_dlx.brokers.rabbitmq.spool import Spool
@@ -30,8 +30,8 @@ class Held:
         #: What they were chosen by: they are nobody else's.
         self.match, self.limit = match, limit
         self._letter_of = letter_of
-        #: Id and fingerprint of each, in their order.
-        self.chosen: list[tuple[str, str]] = []
+        #: In their order.
+        self.chosen: list[Chosen] = []
         self._spool = Spool()
         self._numbers: dict[Any, int] = {}
         #: By letter: the number of the channel that it was delivered on.
@@ -41,7 +41,7 @@ class Held:
             if match(letter):
                 self._spool.add(raw)
                 self._channels.append(self._numbers.setdefault(raw.channel, len(self._numbers)))
-                self.chosen.append((letter.id, letter.fingerprint))
+                self.chosen.append(Chosen.of(letter))
                 if len(self.chosen) == limit:
                     break
         self._spool.flush()

@@ -16,7 +16,7 @@ from typing import Any
 
 from amqp.exceptions import AMQPError, NotFound
 
-from celery_dlx.brokers.base import Looking, Match, QueueStats, Replayed, Run
+from celery_dlx.brokers.base import Chosen, Looking, Match, QueueStats, Replayed, Run
 from celery_dlx.brokers.rabbitmq import index, indexing
 from celery_dlx.brokers.rabbitmq.browse import letters_in, set_aside
 from celery_dlx.brokers.rabbitmq.declare import Declarer, SideChannel
@@ -29,7 +29,7 @@ from celery_dlx.brokers.rabbitmq.pipeline import STORED, ConfirmPipeline
 from celery_dlx.brokers.rabbitmq.reader import CHANNELS, PER_CHANNEL, Reader
 from celery_dlx.brokers.rabbitmq.reports import Reports
 from celery_dlx.brokers.rabbitmq.unreachable import connected
-from celery_dlx.errors import ReplayError, SpoolError, UnsafeQueueError
+from celery_dlx.errors import ReplayError, SpoolError, UnsafeQueueError, UsageError
 from celery_dlx.groups import Group
 from celery_dlx.letters import DeadLetter, iso_time
 from celery_dlx.policy.settings import BUILT_IN, Policy
@@ -45,6 +45,11 @@ _MOST_HELD = 10
 
 class RabbitMQBroker:
     """See `celery_dlx.brokers.base.Broker`."""
+
+    raw_refusal = (
+        "not on RabbitMQ, where a message without our header cannot be told from another when the broker returns it; leave "
+        "out --raw, or move the messages by the broker's own shovel"
+    )
 
     def __init__(
         self,
@@ -230,6 +235,9 @@ class RabbitMQBroker:
             held.forget()
             with suppress(AMQPError, OSError):  # whose connection is broken puts everything back anyhow
                 held.reader.close()
+
+    def replay_raw(self, queue: str, letters: Iterator[Chosen], run: Run) -> Iterator[Replayed]:
+        raise UsageError(self.raw_refusal)
 
     def replay(self, queue: str, match: Match, limit: int | None = None, run: Run | None = None) -> Iterator[Replayed]:
         dlq, run = self._policy.dlq(queue), run or Run()

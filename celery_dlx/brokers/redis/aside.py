@@ -19,7 +19,8 @@ def _spare(pool: Any) -> bool:
 
 
 class Aside:
-    """Calls of one script, one at a time. Closing it drops what was not answered yet, which happens or not.
+    """Calls of one script, whose answers are taken in their order. Closing it drops what was not answered yet, which
+    happens or not.
 
     ``again``: it only reads, and may be called once more where its connection broke. ``permit``: who holds it has a call
     under way; the others wait for their answers at once, for connections are few.
@@ -31,6 +32,8 @@ class Aside:
         #: A connection of its own, while an answer is to come: between calls the caller may be busy for so long that a
         #: server closes it, which the pool would see.
         self._own: Any = None
+        #: Answers to come.
+        self._due = 0
 
     def begin(self, keys: Sequence[Any], args: Sequence[Any]) -> Callable[[], Any]:
         """Send a call; what this returns waits for the answer."""
@@ -38,34 +41,41 @@ class Aside:
         def plain() -> Any:
             return self._script(keys=keys, args=args)
 
-        if not _spare(self._client.connection_pool) or not self._permit.acquire(blocking=False):
-            return plain
-        try:
-            self._own = own = redis.Redis(connection_pool=self._client.connection_pool, single_connection_client=True)
-        except BaseException as exc:
-            self._permit.release()
-            if isinstance(exc, redis.exceptions.ConnectionError):
-                return plain  # as many are in use as there may be; or Redis is gone, which this says, too
-            raise
+        if self._own is None:
+            if not _spare(self._client.connection_pool) or not self._permit.acquire(blocking=False):
+                return plain
+            try:
+                self._own = redis.Redis(connection_pool=self._client.connection_pool, single_connection_client=True)
+            except BaseException as exc:
+                self._permit.release()
+                if isinstance(exc, redis.exceptions.ConnectionError):
+                    return plain  # as many are in use as there may be; or Redis is gone, which this says, too
+                raise
+        own = self._own
 
         def finish() -> Any:
+            if own is not self._own:
+                if self._again:
+                    return plain()
+                raise redis.exceptions.ConnectionError("the connection was closed before this was answered")
             try:
                 answer = own.parse_response(own.connection, "EVALSHA")
             except redis.exceptions.NoScriptError:
-                self._release()
+                self._answered()
                 return plain()
             except redis.exceptions.ResponseError:
-                self._release()
+                self._answered()
                 raise
             except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, OSError):
                 self.close()
                 if not self._again:
                     raise
                 return plain()
-            self._release()
+            self._answered()
             return answer
 
         try:
+            self._due += 1
             own.connection.send_command("EVALSHA", self._script.sha, len(keys), *keys, *args)
         except BaseException as exc:
             self.close()
@@ -74,9 +84,18 @@ class Aside:
             raise
         return finish
 
+    def answers(self) -> bool:
+        """Whether there is an answer to be taken, without waiting for it."""
+        return self._own is not None and bool(self._own.connection.can_read(timeout=0))
+
+    def _answered(self) -> None:
+        self._due -= 1
+        if self._due == 0:
+            self._release()
+
     def _release(self) -> None:
         """The connection goes back to its pool."""
-        own, self._own = self._own, None
+        own, self._own, self._due = self._own, None, 0
         if own is not None:
             try:
                 own.close()

@@ -11,12 +11,13 @@ from typing import Any
 import redis
 from redis.sentinel import MasterNotFoundError
 
-from celery_dlx.brokers.base import Looking, Match, QueueStats, Replayed, Run, wants_bodies
+from celery_dlx.brokers.base import Chosen, Looking, Match, QueueStats, Replayed, Run, wants_bodies
 from celery_dlx.brokers.redis.moving import Mover
+from celery_dlx.brokers.redis.raw import RawMover
 from celery_dlx.brokers.redis.reader import Cause, Found, Span, bytes_of
 from celery_dlx.brokers.redis.records import read_fields
 from celery_dlx.brokers.redis.store import LetterStore
-from celery_dlx.brokers.redis.stored import letter_of
+from celery_dlx.brokers.redis.stored import letter_of, millisecond
 from celery_dlx.errors import (
     BrokerUnreachableError,
     BrokerUrlError,
@@ -39,6 +40,8 @@ _MOST_CAUSES = 50
 
 class RedisBroker:
     """See `celery_dlx.brokers.base.Broker`."""
+
+    raw_refusal = ""
 
     def __init__(self, connect: Callable[[], Any], policy: Policy) -> None:
         self._connect = connect
@@ -90,7 +93,7 @@ class RedisBroker:
             if match is None or match(letter):
                 yield found, letter
 
-    def select(self, queue: str, match: Match) -> Iterator[tuple[str, str]] | None:
+    def select(self, queue: str, match: Match) -> Iterator[Chosen] | None:
         if not isinstance(match, Selection) or not match.causes_only:
             return None
         known = self._store.reader.causes(queue)
@@ -104,7 +107,8 @@ class RedisBroker:
             wanted = [cause for cause in known if match.cause(examples[cause])]
         if len(wanted) > _MOST_CAUSES:
             return None
-        return self._store.reader.ids(queue, [cause.fingerprint for cause in wanted])
+        found = self._store.reader.ids(queue, [cause.fingerprint for cause in wanted])
+        return (Chosen(letter_id, cause, millisecond(score)) for letter_id, cause, score in found)
 
     def hold(self, queue: str, match: Match, limit: int | None = None) -> None:
         """What is read is not taken, and costs little."""
@@ -217,19 +221,11 @@ class RedisBroker:
             return
         mover = Mover(self._store, queue, self._policy.dlq(queue), self._list_key, run)
         bodies = run.bodies or run.edit is not None or wants_bodies(match)
-        chosen = islice(self._search(queue, match, bodies=bodies, last=newest), limit)
-        try:
-            while not run.stop() and (batch := list(islice(chosen, mover.size))):
-                yield from mover.send(batch)
-            yield from mover.finish()
-        except GeneratorExit:
-            raise
-        except BaseException:
-            yield from mover.finish()  # what was under way when the next letters could not be read, or at Ctrl-C
-            raise
-        finally:
-            mover.close()
+        yield from _through(mover, islice(self._search(queue, match, bodies=bodies, last=newest), limit), run)
         mover.check()
+
+    def replay_raw(self, queue: str, letters: Iterator[Chosen], run: Run) -> Iterator[Replayed]:
+        return _through(RawMover(self._store, queue, self._policy.dlq(queue), self._list_key, run), letters, run)
 
     def _with_messages(self, queue: str, match: Match, size: int) -> Iterator[tuple[Found, DeadLetter]]:
         """Matching letters with what their producers sent; those that lie there now, not what dies again meanwhile."""
@@ -313,6 +309,21 @@ class RedisBroker:
             if (evicted := self._store.reader.evicted(queue)) and any(key.startswith("evicted_") for key in extra):
                 extra["evicted"] = evicted
             yield QueueStats(queue, self._policy.dlq(queue), self._store.reader.count(queue), extra)
+
+
+def _through(mover: Any, letters: Iterator[Any], run: Run) -> Iterator[Replayed]:
+    """Letters go by the lots of a mover."""
+    try:
+        while not run.stop() and (batch := list(islice(letters, mover.size))):
+            yield from mover.send(batch)
+        yield from mover.finish()
+    except GeneratorExit:
+        raise
+    except BaseException:
+        yield from mover.finish()  # what was under way when the next letters could not be read, or at Ctrl-C
+        raise
+    finally:
+        mover.close()
 
 
 def misconfigured(exc: Exception) -> UsageError:

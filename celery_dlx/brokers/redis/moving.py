@@ -84,7 +84,7 @@ class Mover:
         if not moves:
             yield from self._write(batch)
             return
-        lot = _lot(moves)
+        lot = first_lot(moves)
         # Redis is at work while the next letters are read, unless they have to wait for their turn.
         began = self._store.begin_replay(self._aside, self._queue, lot) if self.size == _BATCH else None
         self._pending = _Pending(batch, moves, replayed, lot, began)
@@ -105,7 +105,7 @@ class Mover:
                 left = {move.id for move in pending.moves}
                 yield from self._write([pair for pair in pending.batch if pair[0].id in left])
                 return
-            lot, step = _lot(pending.moves), None
+            lot, step = first_lot(pending.moves), None
 
     def close(self) -> None:
         """Nobody wants to know any more what becomes of letters that were sent."""
@@ -145,7 +145,7 @@ class Mover:
             moves.append(Move(found.id, found.score, self._list_key(to, parsed or {}), message))
             replayed[found.id] = Replayed(letter, to, changes)
         while moves:
-            lot = _lot(moves)
+            lot = first_lot(moves)
             done = self._done(partial(self._store.replay, self._queue, lot), lot)
             yield from _moved(lot, done, replayed)
             del moves[: done.looked]
@@ -154,7 +154,7 @@ class Mover:
         try:
             return step()
         except redis.exceptions.ResponseError as exc:
-            raise _full(exc, f"{len(lot)} letters stay in {self._dlq!r}") from exc
+            raise explained(exc, f"{len(lot)} letters stay in {self._dlq!r}") from exc
 
 
 def _moved(lot: list[Move], done: Moved, replayed: dict[str, Replayed]) -> Iterator[Replayed]:
@@ -164,7 +164,7 @@ def _moved(lot: list[Move], done: Moved, replayed: dict[str, Replayed]) -> Itera
             yield replayed[letter_id]
 
 
-def _lot(moves: list[Move]) -> list[Move]:
+def first_lot(moves: list[Move]) -> list[Move]:
     """The first moves, of so many bytes."""
     size = 0
     for number, move in enumerate(moves):
@@ -174,7 +174,8 @@ def _lot(moves: list[Move]) -> list[Move]:
     return moves[:]
 
 
-def _full(exc: BaseException, consequence: str) -> Exception:
+def explained(exc: BaseException, consequence: str) -> Exception:
+    """What Redis refused, in words that help."""
     if is_full(exc):
         return StoreFullError(f"Redis is full (OOM): {consequence}; raise `maxmemory` or discard letters, and try again")
     if "WRONGTYPE" in str(exc):

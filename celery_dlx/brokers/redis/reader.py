@@ -165,16 +165,16 @@ class LetterReader:
             seen = {member for member, score in found if score == end}
             first, last, size = (first, end, most) if span.newest else (end, last, most)
 
-    def ids(self, queue: str, causes: Sequence[str]) -> Iterator[tuple[str, str]]:
-        """Id and fingerprint of the letters of some causes, in the order of their deaths, without reading them."""
+    def ids(self, queue: str, causes: Sequence[str]) -> Iterator[tuple[str, str, float]]:
+        """Id, fingerprint and score of the letters of some causes, in the order of their deaths, without reading them."""
         name = self.keys(queue)[0]
 
         def walk(cause: str) -> Iterator[tuple[float, bytes, str]]:
             for page in self._scored(_of_cause(name, cause), Span(), _MOST_IDS):
                 yield from ((score, member, cause) for member, score in page)
 
-        for _, member, cause in merge(*map(walk, causes)):
-            yield text_of(member), cause
+        for score, member, cause in merge(*map(walk, causes)):
+            yield text_of(member), cause, score
 
     def some(self, queue: str, members: Sequence[tuple[bytes, float]], *, bodies: bool) -> Iterator[Found]:
         """Records and (if asked for) payloads of letters whose ids and scores are known."""
@@ -228,7 +228,7 @@ class LetterReader:
         ``None`` where the counts do not add up: letters were stored by somebody else's hand.
         """
         name = self.keys(queue)[0]
-        pipe = self.client.pipeline()
+        pipe = self.client.pipeline(transaction=False)  # a full server refuses transactions, even such as only read
         pipe.zcard(name)
         pipe.zrevrange(name + b":causes", 0, -1, withscores=True)
         total, counts = pipe.execute()

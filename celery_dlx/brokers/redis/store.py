@@ -110,7 +110,8 @@ def _together(lot: Sequence[Capture]) -> list[Any]:
     return [*_caps(lot[0].settings), " ".join(numbers), b"".join(parts)]
 
 
-def _moved(answer: Any) -> Moved:
+def moved_of(answer: Any) -> Moved:
+    """What scripts that send letters back answer."""
     looked, stayed, unfit = answer
     return Moved(int(looked), set(map(text_of, stayed)), bool(unfit))
 
@@ -192,12 +193,12 @@ class LetterStore:
     def replay(self, queue: str, moves: Sequence[Move]) -> Moved:
         """Move letters back, all in one step, as many as the script takes at once."""
         keys, args = self._replaying(queue, moves)
-        return _moved(self._scripts["replay"](keys=keys, args=args))
+        return moved_of(self._scripts["replay"](keys=keys, args=args))
 
     def begin_replay(self, aside: Aside, queue: str, moves: Sequence[Move]) -> Callable[[], Moved]:
         """As `replay`, without waiting: the caller can do something else meanwhile."""
         finish = aside.begin(*self._replaying(queue, moves))
-        return lambda: _moved(finish())
+        return lambda: moved_of(finish())
 
     def aside(self) -> Aside:
         """For `begin_replay`; its user closes it."""
@@ -243,7 +244,7 @@ class LetterStore:
     def reports(self, replay: str, forget: int) -> list[bytes]:
         """The next reports, having forgotten as many that were read before."""
         key = f"{self.prefix}{report_queue(replay)}"
-        pipe = self.client.pipeline()
+        pipe = self.client.pipeline(transaction=False)  # a full server refuses transactions
         pipe.ltrim(key, forget, -1)
         pipe.lrange(key, 0, _MOST_READ - 1)
         return list(pipe.execute()[1])

@@ -84,11 +84,16 @@ class Stored:
         return self._original
 
 
+def millisecond(score: float) -> int:
+    """When a letter died; 0 for what is no time."""
+    return int(score) if isfinite(score) else 0
+
+
 def letter_of(
     record: bytes | None, item: bytes | None, score: float, dlq: str, letter_id: str | None = None, queue: str = ""
 ) -> DeadLetter:
     """The letter of a stored record; with its payload, if that was read too. Nothing is parsed before it is asked for."""
-    known: dict[str, Any] = {"dlq": dlq, "died_at": int(score) if isfinite(score) else 0, "edited": None}
+    known: dict[str, Any] = {"dlq": dlq, "died_at": millisecond(score), "edited": None}
     if letter_id is not None:
         known["id"] = letter_id
     return unread(DeadLetter, Stored(record, item, queue), known)

@@ -23,29 +23,36 @@ local function enter(id, score, record)
   end
 end
 
--- Letters of one fingerprint leave the index.
+-- Letters of one fingerprint leave the index; returns how many were in it.
 local function leave_cause(fingerprint, ids)
   local gone = redis.call('ZREM', cause_key(fingerprint), unpack(ids))
   if gone > 0 and tonumber(redis.call('ZINCRBY', KEYS[1] .. ':causes', 0 - gone, fingerprint)) <= 0 then
     redis.call('ZREM', KEYS[1] .. ':causes', fingerprint)
   end
+  return gone
 end
 
 local function leave(id, record) leave_cause(said(record, 'fingerprint'), {id}) end
 
--- Removes letters (at most some hundreds) from everything but the letters themselves, each kind of key by one command.
--- Returns the bytes of messages held after it.
-local function drop(ids, records)
-  local fingerprints, of_cause, bytes = {}, {}, 0
+-- Letters leave the index by what their records say.
+local function leave_causes(ids, records)
+  local fingerprints, of_cause = {}, {}
   for i, id in ipairs(ids) do
     local fingerprint = said(records[i] or '', 'fingerprint')
     if not of_cause[fingerprint] then
       fingerprints[#fingerprints + 1], of_cause[fingerprint] = fingerprint, {}
     end
     table.insert(of_cause[fingerprint], id)
-    bytes = bytes + redis.call('HSTRLEN', KEYS[2], id)
   end
   for _, fingerprint in ipairs(fingerprints) do leave_cause(fingerprint, of_cause[fingerprint]) end
+end
+
+-- Removes letters (at most some hundreds) from everything but the letters themselves, each kind of key by one command.
+-- Returns the bytes of messages held after it.
+local function drop(ids, records)
+  local bytes = 0
+  for _, id in ipairs(ids) do bytes = bytes + redis.call('HSTRLEN', KEYS[2], id) end
+  leave_causes(ids, records)
   redis.call('HDEL', KEYS[2], unpack(ids))
   redis.call('HDEL', KEYS[3], unpack(ids))
   -- 0 - n, for -0 is "-0" in Lua, and no integer to Redis: an item may be empty.

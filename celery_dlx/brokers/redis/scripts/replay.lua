@@ -8,15 +8,8 @@
 -- Removing comes first: after it a full server refuses nothing.
 -- include causes
 -- include splice
-local looked, bytes, moved, stayed, unfit, chosen, items = 0, 0, {}, {}, 0, {}, {}
-for list = 5, #KEYS do
-  -- Pushing must not fail once letters were removed: whatever else has a list's name, nothing leaves then.
-  local kind = redis.call('TYPE', KEYS[list]).ok
-  if kind ~= 'list' and kind ~= 'none' then
-    return redis.error_reply('WRONGTYPE ' .. KEYS[list] .. ' is a ' .. kind .. ' and no list: no letter moved')
-  end
-  items[list] = {}
-end
+-- include lists
+local looked, bytes, moved, stayed, unfit, chosen = 0, 0, {}, {}, 0, {}
 local at, each = 1, '(%S+) (%d+) (%d+) (%d+) (%S+) (%d+)'
 for read, list, id_bytes, more, priority, retries in string.gmatch(ARGV[1], each) do
   if bytes > 2097152 then break end
@@ -48,10 +41,7 @@ for read, list, id_bytes, more, priority, retries in string.gmatch(ARGV[1], each
 end
 if #moved > 0 then
   redis.call('ZREM', KEYS[1], unpack(moved))
-  -- Then at once into the lists: what fails after that (somebody wrote into our keys) costs a letter's rest, no message.
-  for list = 5, #KEYS do
-    if #items[list] > 0 then redis.call('LPUSH', KEYS[list], unpack(items[list])) end
-  end
+  push()
   drop(moved, redis.call('HMGET', KEYS[3], unpack(moved)))
   redis.call('HINCRBY', KEYS[4], 'replayed', #moved)
 end

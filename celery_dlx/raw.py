@@ -1,0 +1,83 @@
+"""Raw replays: messages go back as they are, so that nobody can tell of them what becomes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from celery_dlx.brokers.base import Broker, Chosen, Replayed, Run
+from celery_dlx.errors import UsageError
+from celery_dlx.journal import Entry, Journal
+
+if TYPE_CHECKING:
+    from celery_dlx.replay import Options
+
+#: What a raw replay means, in words for people.
+MEANING = (
+    "raw: messages go back as they are. Nobody reports what becomes of them, so they count as waiting. Retries and expires "
+    "stay: a message whose retries are spent dies at its first failure, one that has expired at once. The replay is not "
+    "counted: the next death looks like the first one, and has its id"
+)
+#: Letters that the journal says are being sent before the first of them leaves, and that left in one of its lines.
+AHEAD = 5_000
+
+
+def check(options: Options, broker: Broker) -> None:
+    """Raises:
+    UsageError: a raw replay with what needs reports or changes, or on a broker that cannot do it.
+    """
+    if not options.raw:
+        return
+    # Canaries bring stopping along: who gave the one alone must not read of the other.
+    stop = options.stop_on_repeat and not options.canary
+    needs = {"--canary": options.canary, "--stop-on-repeat": stop, "--edit": options.edit}
+    if given := [name for name, value in needs.items() if value]:
+        raise UsageError(
+            f"--raw with {', '.join(given)}: messages that go back as they are cannot be changed, and nobody reports what "
+            "becomes of them; leave out --raw, or the other"
+        )
+    if broker.raw_refusal:
+        raise UsageError(f"--raw: {broker.raw_refusal}")
+
+
+class RawSending:
+    """The selected letters of one queue on their way: the journal says so before they leave, and after.
+
+    ``may_go`` is asked before each, if somebody sets the pace; ``noted`` is called when the journal says that some left.
+    """
+
+    def __init__(
+        self, journal: Journal, entries: list[Entry], may_go: Callable[[], bool] | None, noted: Callable[[], None]
+    ) -> None:
+        self._journal, self._entries, self._may_go, self._noted = journal, entries, may_go, noted
+        self._moved: list[str] = []
+        #: Ids that were not seen to leave.
+        self.left = {entry.id for entry in entries}
+
+    def through(self, broker: Broker, queue: str, run: Run) -> Iterator[Replayed]:
+        """Send them; yields each letter that left."""
+        try:
+            for replayed in broker.replay_raw(queue, self._leaving(), run):
+                self._moved.append(replayed.letter.id)
+                if len(self._moved) >= AHEAD:
+                    self._note()
+                yield replayed
+        finally:
+            self._note()
+
+    def _leaving(self) -> Iterator[Chosen]:
+        for start in range(0, len(self._entries), AHEAD):
+            some = self._entries[start : start + AHEAD]
+            self._journal.write("sending", letters=[entry.id for entry in some])
+            for entry in some:
+                if self._may_go is not None and not self._may_go():
+                    return
+                yield Chosen(entry.id, entry.fingerprint, entry.died_at)
+
+    def _note(self) -> None:
+        if self._moved:
+            self.left.difference_update(self._moved)
+            # What was being sent, is on disk, and is not in its DLQ any more, left: this line may be lost with the machine.
+            self._journal.note("state", state="replayed", letters=self._moved)
+            self._moved = []
+            self._noted()
