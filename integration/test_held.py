@@ -94,7 +94,7 @@ def test_what_is_not_sent_is_in_its_place_again(apps, queue, monkeypatch):
     dead, other = apps
     ids = fill(dead, queue, 40)
     choice = dead.choose(queue=queue, limit=10)
-    assert [each.id for each in choice.chosen()] == ids[:10]
+    assert [each.id for _, each in choice.chosen()] == ids[:10]
     choice.release()
     assert seen(other, queue) == ids
     # A few of those that were read; the others go back, in order.
