@@ -47,7 +47,7 @@ class Choice:
         self.lock()
         left = self._limit
         for queue in self.queues:
-            held = self._broker.hold(queue, self.match, left)
+            held = self._broker.hold(queue, self.match, self.replay, left)
             found = held.letters() if held is not None else self._broker.browse(queue, self.match.with_bodies(), left)
             count = 0
             for letter in found:
@@ -79,7 +79,7 @@ class Choice:
         known = self._broker.select(queue, self.match)
         if known is not None:
             return islice(known, limit)
-        held = self._broker.hold(queue, self.match, limit)
+        held = self._broker.hold(queue, self.match, self.replay, limit)
         if held is not None:
             return iter(held.chosen)
         if limit is not None:

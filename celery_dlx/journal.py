@@ -31,7 +31,7 @@ def state_folder() -> Path:
     return Path(base) / "celery-dlx"
 
 
-@dataclass
+@dataclass(slots=True)
 class Entry:
     """One selected letter. ``state``: selected, gone (it was no letter any more), replayed, succeeded, failed."""
 

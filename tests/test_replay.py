@@ -31,7 +31,7 @@ class Lists:
     def select(self, queue, match):
         return None
 
-    def hold(self, queue, match, limit=None):
+    def hold(self, queue, match, replay, limit=None):
         return None
 
     def release(self):

@@ -12,19 +12,20 @@ from hypothesis import strategies as st
 from test_deliveries import _properties
 from test_framing import _keys, _tables
 
-from celery_dlx.brokers.rabbitmq import splicing
+from celery_dlx.brokers.rabbitmq import letters, splicing
 from celery_dlx.brokers.rabbitmq.deliveries import Taken
 from celery_dlx.brokers.rabbitmq.framing import content_frames, encode_properties, publish_frames
 from celery_dlx.brokers.rabbitmq.letters import at_rest, letter_of, revived, revived_bytes
 from celery_dlx.brokers.rabbitmq.splicing import layout
-from celery_dlx.letters import HEADER, Death, Original, compose
+from celery_dlx.letters import HEADER, DeadLetter, Death, Original, compose
+from celery_dlx.replaying import lineage
 
 _METHOD = dumps("sLbss", ("consumer", 1, False, "celery.dlx", "q"))
 
 
 def spliced(content: bytes, drop, add):
     found = layout(content)
-    return None if found is None else splicing.spliced(content, found, frozenset(drop), add)
+    return None if found is None else splicing.spliced(content, found, frozenset(drop), splicing.entries(add))
 
 
 def encoded(properties: dict) -> bytes:
@@ -118,3 +119,19 @@ def test_what_changes_is_left_to_who_looks_closer(headers, properties):
     letter.edited = b"[]"
     assert revived_bytes(raw, letter, "guest", None) is None
     assert HEADER.encode() in content
+
+
+@given(
+    st.sampled_from(["failure", "expired", "é\0"]),
+    st.one_of(st.sampled_from(["1-5f0c1d2e3a4b5c6d", "", "\x01" * 32, "\0\0\1\0\0\0\0\0"]), st.text()),
+    st.integers(0, 3),
+    st.one_of(st.none(), st.just("0123456789ab")),
+    st.one_of(st.text("0123456789abcdef", min_size=32, max_size=32), st.text()),
+    st.one_of(st.integers(1_700_000_000_000, 1_800_000_000_000), st.integers(-(2**63), 2**63 - 1)),
+    st.lists(st.just({"id": "x", "reason": "failure", "fingerprint": "", "died_at": 1}), max_size=2),
+)
+def test_lineages_by_pattern_are_those_that_are_encoded(reason, fingerprint, replays, replay, letter_id, died_at, deaths):
+    letter = DeadLetter(letter_id, "q", "q.dlq", reason, died_at, Original(), fingerprint=fingerprint)
+    letter.replays, letter.deaths = replays, deaths
+    told = lineage(letter, replay)
+    assert letters._lineage(letter, replay, told) == splicing.entries({HEADER: told})

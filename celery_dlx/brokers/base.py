@@ -217,8 +217,8 @@ class Broker(Protocol):
     def get(self, queue: str, letter_id: str) -> DeadLetter | None:
         """One letter with its message; ``None`` if the queue's DLQ does not hold it."""
 
-    def hold(self, queue: str, match: Match, limit: int | None = None) -> Holding | None:
-        """Take matching letters aside for a replay, where that spares reading them again: nobody else sees them then.
+    def hold(self, queue: str, match: Match, replay: str, limit: int | None = None) -> Holding | None:
+        """Take matching letters aside for a replay (its id), where that spares reading them again: nobody else sees them.
 
         Asked again by the same test, the same ones; by another one, those before are put back. They are held until that
         replay ends, or `release`; ``None``: nothing is held.

@@ -60,7 +60,9 @@ def forget(path: Path | None) -> None:
 
 def text(value: object) -> str | None:
     """As SQLite takes it."""
-    return None if value is None else str(value).encode("utf-8", "backslashreplace").decode()
+    if value is None or (type(value) is str and value.isascii()):
+        return value
+    return str(value).encode("utf-8", "backslashreplace").decode()
 
 
 def whole(value: float) -> int:

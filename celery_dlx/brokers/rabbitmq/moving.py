@@ -32,7 +32,8 @@ class Letters(Protocol):
 
     reader: Reader
 
-    def __iter__(self) -> Iterator[Taken]: ...
+    def __iter__(self) -> Iterator[tuple[Taken, DeadLetter, bytes | None]]:
+        """With the properties that each is to be sent with, where they are known."""
 
     def ready(self) -> bool:
         """Whether the next one is at hand, as far as is known."""
@@ -41,15 +42,17 @@ class Letters(Protocol):
 class Reading:
     """The letters of a reader; those too that were being put back when it counted them, while some are missing."""
 
-    def __init__(self, reader: Reader, run: Run) -> None:
-        self.reader, self._run = reader, run
+    def __init__(self, reader: Reader, queue: str, dlq: str, run: Run) -> None:
+        self.reader, self._queue, self._dlq, self._run = reader, queue, dlq, run
 
-    def __iter__(self) -> Iterator[Taken]:
-        yield from self.reader
-        for _ in range(_LOOKS):
-            if self._run.stop() or not self._run.wanted() or not self.reader.more():
+    def __iter__(self) -> Iterator[tuple[Taken, DeadLetter, bytes | None]]:
+        for look in range(_LOOKS + 1):
+            if look and (self._run.stop() or not self._run.wanted() or not self.reader.more()):
                 return
-            yield from self.reader
+            for raw in self.reader:
+                if self._run.stop():
+                    return
+                yield raw, letter_of(raw, self._queue, self._dlq), None
 
     def ready(self) -> bool:
         return self.reader.ready()
@@ -74,9 +77,7 @@ class _Failed(NamedTuple):
     why: str
 
 
-def move(
-    letters: Letters, publishing: Any, queue: str, dlq: str, match: Match, limit: int | None, run: Run
-) -> Iterator[Replayed]:
+def move(letters: Letters, publishing: Any, dlq: str, match: Match, limit: int | None, run: Run) -> Iterator[Replayed]:
     """Send matching letters to their queues over a connection of its own; yields each once it is there.
 
     Raises:
@@ -95,10 +96,9 @@ def move(
     pipeline = ConfirmPipeline(publishing.connection, on_outcome)
     failed: list[_Failed] = []
     user, taken, window = publishing.userid, 0, min(run.batch or WINDOW, WINDOW)
-    for raw in letters:
+    for raw, letter, plain in letters:
         if run.stop():
             break
-        letter = letter_of(raw, queue, dlq)
         if not match(letter):
             continue
         to = run.to or letter.queue
@@ -106,7 +106,9 @@ def move(
             if run.edit is not None:
                 run.edit(letter)
             # Through the default exchange: the original one may fan out to queues that had no part in this death.
-            if (same := revived_bytes(raw, letter, user, run.replay)) is not None:
+            if plain is not None:
+                pipeline.publish_bytes(InFlight(letter, raw, [], to), plain, raw.body, "", to)
+            elif (same := revived_bytes(raw, letter, user, run.replay)) is not None:
                 pipeline.publish_bytes(InFlight(letter, raw, same[1], to), same[0], raw.body, "", to)
             else:
                 message, changes = revived(letter, user, run.replay)

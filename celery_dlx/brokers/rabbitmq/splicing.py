@@ -63,17 +63,22 @@ def _layout(content: bytes) -> Layout | None:
     return Layout(begin, end, spans)
 
 
+def entries(table: Mapping[str, Any]) -> bytes:
+    """The encoded entries of a table, without the size in front."""
+    return encode_table(table)[_SIZE.size :]
+
+
 def says_user(content: bytes) -> bool:
     """Whether encoded properties have a ``user_id``."""
     return bool(content[1] & _USER)
 
 
-def spliced(content: bytes, found: Layout, drop: Set[bytes], add: Mapping[str, Any]) -> bytes:
-    """The properties without the headers of some names, and with more at their end."""
+def spliced(content: bytes, found: Layout, drop: Set[bytes], add: bytes) -> bytes:
+    """The properties without the headers of some names, and with more, encoded ones, at their end."""
     parts, kept = [], found.begin
     for at, _, after in sorted(found.spans[name] for name in found.spans.keys() & drop):
         parts.append(content[kept:at])
         kept = after
-    parts += (content[kept : found.end], encode_table(add)[_SIZE.size :])
+    parts += (content[kept : found.end], add)
     table = b"".join(parts)
     return b"".join((content[: found.begin - _SIZE.size], _SIZE.pack(len(table)), table, content[found.end :]))

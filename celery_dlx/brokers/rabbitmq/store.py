@@ -207,7 +207,7 @@ class RabbitMQBroker:
     def get(self, queue: str, letter_id: str) -> DeadLetter | None:
         return next(self._read(queue, lambda letter: letter.id == letter_id, 1), None)
 
-    def hold(self, queue: str, match: Match, limit: int | None = None) -> Held | None:
+    def hold(self, queue: str, match: Match, replay: str, limit: int | None = None) -> Held | None:
         held = self._held.get(queue)
         if held is not None and held.match is match and held.limit == limit:
             return held
@@ -216,9 +216,10 @@ class RabbitMQBroker:
         if len(self._held) >= _MOST_HELD or sum(each.reader.seen for each in self._held.values()) >= CHANNELS * PER_CHANNEL:
             return None
         dlq = self._policy.dlq(queue)
-        reader = self._reader(queue, dlq)
+        connection = self._connection()
+        reader = self._reader(queue, dlq, connection)
         try:
-            self._held[queue] = held = Held(reader, partial(letter_of, queue=queue, dlq=dlq), match, limit)
+            self._held[queue] = held = Held(reader, queue, dlq, match, limit, replay, connection.userid)
         except (SpoolError, AMQPError) as exc:  # no room to set them aside; or so many channels are not to be had
             logger.debug("letters of %s are read twice: %s", dlq, exc)
             with suppress(AMQPError, OSError):
@@ -249,7 +250,9 @@ class RabbitMQBroker:
                 # A connection of its own for publishing: under an alarm it blocks, and the reader must still acknowledge.
                 with self._connect() as publishing:
                     publishing.connect()
-                    yield from move(held or Reading(reader, run), publishing, queue, dlq, match, limit, run)
+                    if held is not None:
+                        held.prepare(run, publishing.userid)
+                    yield from move(held or Reading(reader, queue, dlq, run), publishing, dlq, match, limit, run)
             finally:
                 if held is not None:
                     held.forget()

@@ -110,7 +110,7 @@ class RedisBroker:
         found = self._store.reader.ids(queue, [cause.fingerprint for cause in wanted])
         return (Chosen(letter_id, cause, millisecond(score)) for letter_id, cause, score in found)
 
-    def hold(self, queue: str, match: Match, limit: int | None = None) -> None:
+    def hold(self, queue: str, match: Match, replay: str, limit: int | None = None) -> None:
         """What is read is not taken, and costs little."""
 
     def release(self) -> None:
