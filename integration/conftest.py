@@ -56,3 +56,19 @@ def certificates(tmp_path_factory):
 def queue() -> str:
     """A queue name nobody else uses."""
     return f"q{uuid4().hex[:10]}"
+
+
+@pytest.fixture
+def readings(monkeypatch):
+    """DLQs of RabbitMQ that were read, one entry each time."""
+    from celery_dlx.brokers.rabbitmq.reader import Reader
+
+    seen = []
+    begin = Reader.__init__
+
+    def counted(self, connection, dlq, few=None):
+        seen.append(dlq)
+        begin(self, connection, dlq, few)
+
+    monkeypatch.setattr(Reader, "__init__", counted)
+    return seen

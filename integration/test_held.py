@@ -9,13 +9,13 @@ import sys
 
 import pytest
 from celery import Celery
+from servers import wait_for
 from test_browsing import fill
 from workers import environment
 
 from celery_dlx import DeadLetters
 from celery_dlx.brokers.rabbitmq import reader, spool
 from celery_dlx.brokers.rabbitmq.letters import at_rest
-from celery_dlx.brokers.rabbitmq.reader import Reader
 from celery_dlx.errors import UsageError
 from celery_dlx.letters import Death, Original, compose
 from celery_dlx.policy.settings import Policy
@@ -40,20 +40,6 @@ def apps(rabbitmq, queue):
     yield found
     for dead in found:
         dead.close()
-
-
-@pytest.fixture
-def readings(monkeypatch):
-    """DLQs that were read, one entry each time."""
-    seen = []
-    begin = Reader.__init__
-
-    def counted(self, connection, dlq, few=None):
-        seen.append(dlq)
-        begin(self, connection, dlq, few)
-
-    monkeypatch.setattr(Reader, "__init__", counted)
-    return seen
 
 
 def seen(dead: DeadLetters, queue: str) -> list[str]:
@@ -167,6 +153,7 @@ def test_letters_that_die_again_meanwhile_stay_in_their_dlq(apps, queue, monkeyp
     locks.release()
     engine.journal.close()
     assert (len(again), most) == (len(ids), 0)
+    wait_for(lambda: dead.stats(queue)[0].letters == len(again), "all are counted")
     assert seen(other, queue) == again
 
 

@@ -11,13 +11,13 @@ import sys
 import amqp
 import pytest
 from celery import Celery
+from servers import wait_for
 from test_browsing import fill
 from workers import environment
 
 from celery_dlx import DeadLetters
 from celery_dlx.brokers.base import Looking
 from celery_dlx.brokers.rabbitmq import index, indexing, reader
-from celery_dlx.brokers.rabbitmq.reader import Reader
 from celery_dlx.policy.settings import Policy
 
 COUNT = 60
@@ -46,20 +46,6 @@ def dead(rabbitmq, queue, said):
     found.looking = Looking(said.append)
     yield found
     found.close()
-
-
-@pytest.fixture
-def readings(monkeypatch):
-    """How often a DLQ was read."""
-    seen = []
-    begin = Reader.__init__
-
-    def counted(self, connection, dlq, few=None):
-        seen.append(dlq)
-        begin(self, connection, dlq, few)
-
-    monkeypatch.setattr(Reader, "__init__", counted)
-    return seen
 
 
 @pytest.fixture
@@ -236,7 +222,8 @@ def test_odd_letters(dead, queue, readings):
             amqp.Message(body, content_type="application/json", application_headers=headers, delivery_mode=2),
             amqp.Message(b"\xff no letter of ours", delivery_mode=2),
         ):
-            channel.basic_publish(message, "", f"{queue}.dlq")
+            channel.basic_publish_confirm(message, "", f"{queue}.dlq")
+    wait_for(lambda: dead.stats(queue)[0].letters == 32, "all are counted")
     dead.looking = None
     expected = [letter.as_dict() for letter in dead.letters(queue)]
     assert len(expected) == 32

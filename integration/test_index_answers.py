@@ -16,7 +16,6 @@ from servers import wait_for
 from celery_dlx import DeadLetters
 from celery_dlx.brokers.base import Looking
 from celery_dlx.brokers.rabbitmq import index, indexing
-from celery_dlx.brokers.rabbitmq.reader import Reader
 from celery_dlx.errors import DeadLetterError, UnknownLetterError
 from celery_dlx.policy.settings import Policy
 
@@ -56,19 +55,6 @@ def dead(rabbitmq, queue):
     app.amqp.queues.add(f"{queue}.more")
     yield found
     found.close()
-
-
-@pytest.fixture
-def readings(monkeypatch):
-    seen = []
-    begin = Reader.__init__
-
-    def counted(self, connection, dlq, few=None):
-        seen.append(dlq)
-        begin(self, connection, dlq, few)
-
-    monkeypatch.setattr(Reader, "__init__", counted)
-    return seen
 
 
 def put(dead: DeadLetters, queue: str, messages: list[amqp.Message], there: int = 0) -> None:
@@ -297,7 +283,7 @@ def test_what_is_left_lying_is_removed(dead, queue, state, monkeypatch):
     assert left.suffix == ".sqlite" and left.name != "old.sqlite"
 
 
-@pytest.mark.parametrize("where", ["no sqlite3", "no home", "a folder that may not be searched"])
+@pytest.mark.parametrize("where", ["no sqlite3", "no home", "off", "a folder that may not be searched"])
 def test_there_is_not_always_an_index(dead, queue, readings, state, monkeypatch, tmp_path, where):
     put(dead, queue, [letter(number) for number in range(6)])
     monkeypatch.chdir(tmp_path)
@@ -307,6 +293,8 @@ def test_there_is_not_always_an_index(dead, queue, readings, state, monkeypatch,
         monkeypatch.delenv("CELERY_DLX_STATE")
         monkeypatch.delenv("XDG_STATE_HOME", raising=False)
         monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    elif where == "off":
+        monkeypatch.setenv("CELERY_DLX_INDEX", "off")
     else:
 
         def refuse(self, *arguments, **options):

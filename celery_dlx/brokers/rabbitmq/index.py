@@ -38,6 +38,8 @@ BELIEVED, KEPT = 600, 86_400
 _NEARLY_FULL = 0.9
 #: Ids, and causes, that one query names at most.
 _MOST_IDS, _MOST_CAUSES = 500, 100
+#: Names an environment variable: ``off``, and nothing is kept.
+VARIABLE = "CELERY_DLX_INDEX"
 FORMAT = "celery-dlx 1"
 _LEAST, _MOST = -(2**63), 2**63 - 1
 
@@ -45,7 +47,7 @@ _LEAST, _MOST = -(2**63), 2**63 - 1
 def place_of(broker: str, dlq: str) -> Path | None:
     """The file of a DLQ's index; ``None``: there is no place for one. ``broker``: its URL, without a password."""
     folder = state_folder() / "index"
-    if sqlite3 is None or folder.parts[0] == "~":
+    if sqlite3 is None or folder.parts[0] == "~" or os.environ.get(VARIABLE) == "off":
         return None
     name = blake2b(f"{broker}\0{dlq}".encode("utf-8", "surrogatepass"), digest_size=12).hexdigest()
     return folder / f"{name}.sqlite"
