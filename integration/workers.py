@@ -143,10 +143,12 @@ class Worker:
         return [json.loads(json.dumps(letter.as_dict())) for letter in self.dead.letters(queue)]
 
     def wait_letters(self, queue: str, count: int, timeout: float = 60) -> list[dict]:
-        """Poll until a queue has that many letters."""
+        """Poll until a queue has that many letters: by their number, since reading while others come may reorder them."""
         found: list[dict] = []
 
         def enough() -> bool:
+            if sum(row.letters for row in self.dead.stats(queue)) < count:
+                return False
             found[:] = self.letters(queue)
             return len(found) >= count
 
