@@ -200,9 +200,7 @@ class DeadLetters:
 
     def close(self) -> None:
         """Close the connection that reading letters opened; the next call opens a new one."""
-        if self._choice is not None:
-            self._choice.release()
-            self._choice = None
+        self._let_go()
         if self._broker is not None:
             self._broker.close()
             self._broker = None
@@ -280,14 +278,19 @@ class DeadLetters:
                 pass
         return groups.sorted()
 
+    def _let_go(self) -> None:
+        """Of a choice that nobody sent."""
+        choice, self._choice = self._choice, None
+        if choice is not None:
+            choice.release()
+
     def choose(
         self, ids: str | Iterable[str] | None = None, queue: str | None = None, *, limit: int | None = None, **filters: Any
     ) -> Choice:
         """Choose letters to look at, and to replay then: see `celery_dlx.choice`. Filters as for `letters`."""
         ids = [ids] if isinstance(ids, str) else None if ids is None else list(ids)
         matches, text = selection.match(ids=ids, **filters), describe(queue, ids, filters)
-        if self._choice is not None:
-            self._choice.release()  # nobody sent it
+        self._let_go()
         self._choice = Choice(self.broker, self.broker_name, self._queues(queue), matches, limit, text)
         return self._choice
 
@@ -302,10 +305,7 @@ class DeadLetters:
         hooks: Mapping[str, Any] | None = None,
         **filters: Any,
     ) -> tuple[Engine, QueueLocks]:
-        """Select letters, as `choose` does or did, and journal the selection; running the engine replays them.
-
-        On RabbitMQ nobody else sees them until it ran. See `celery_dlx.replay`.
-        """
+        """Select letters, as `choose` does or did, and journal that; running the engine (`celery_dlx.replay`) sends them."""
         chosen = choice or self.choose(ids, queue, limit=limit, **filters)
         return start(self.broker, self.broker_name, chosen, options or Options(), **(hooks or {}))
 
@@ -318,6 +318,7 @@ class DeadLetters:
         wait: float | None = None,
     ) -> tuple[Engine, QueueLocks]:
         """Go on with a replay that was stopped or killed; ``rate`` and ``wait`` replace those it had."""
+        self._let_go()
         return resume(self.broker, self.broker_name, replay, rate=rate, wait=wait, **(hooks or {}))
 
     @property

@@ -124,7 +124,6 @@ def test_choices_do_not_mix(apps, queue):
     left = [*ids[3:6], *ids[9:]]
     looked = dead.choose([ids[4]], queue)
     assert [letter.id for letter in looked.letters()] == [ids[4]]
-    looked.release()
     engine, locks = dead.resume_replay(engine.record.replay, wait=0)
     assert [each.letter.id for each in engine.run()] == left
     locks.release()
