@@ -75,7 +75,7 @@ class Fleet:
         self.consumers: dict[str, set[str]] = {}
         self.tasks: dict[str, frozenset[str]] = {}
         try:
-            found = app.control.broadcast("dlx_status", reply=True, timeout=_ANSWER) or []
+            found = self._ask("dlx_status")
         except Exception as exc:  # noqa: BLE001 - advice only: what keeps the replay itself from the broker, it will say
             logger.debug("no worker could be asked: %s", exc)
             found = []
@@ -85,11 +85,16 @@ class Fleet:
                 for queue in answer.get("consumes") or ():
                     self.consumers.setdefault(str(queue), set()).add(worker)
 
+    def _ask(self, question: str) -> list[dict[str, Any]]:
+        # Not over one of the pool: it may have been silent for hours, and the server have closed it.
+        with self._app.connection_for_write() as connection:
+            return self._app.control.broadcast(question, reply=True, timeout=_ANSWER, connection=connection) or []
+
     @cached_property
     def complete(self) -> bool:
         """Whether no other worker runs: one without celery-dlx, or one that is too busy to tell, may know the task."""
         try:
-            return {next(iter(reply)) for reply in self._app.control.ping(timeout=_ANSWER)} <= set(self.tasks)
+            return {next(iter(reply)) for reply in self._ask("ping")} <= set(self.tasks)
         except Exception as exc:  # noqa: BLE001
             logger.debug("no worker could be asked: %s", exc)
             return False

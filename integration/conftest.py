@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 from uuid import uuid4
 
+import kombu
 import pytest
+import redis
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -72,3 +74,12 @@ def readings(monkeypatch):
 
     monkeypatch.setattr(Reader, "__init__", counted)
     return seen
+
+
+@pytest.fixture
+def end_connections(redis_server):
+    """Ends all connections to this session's Redis. Those of kombu's pools are among them: others would find them dead."""
+    client = redis.Redis.from_url(redis_server.url)
+    yield lambda: client.client_kill_filter(_type="normal", skipme=True)
+    client.close()
+    kombu.pools.reset()

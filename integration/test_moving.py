@@ -243,9 +243,8 @@ def test_what_moved_is_told_also_if_the_next_cannot_be_read(redis_server):
         assert not left & set(told)
 
 
-def test_connections_that_end_while_nobody_reads(redis_server):
+def test_connections_that_end_while_nobody_reads(redis_server, end_connections):
     """Between pages nothing is held: whoever takes his time finds a connection that lives."""
-    client = redis.Redis.from_url(redis_server.url)
     items = {str(number): ITEMS["usual"] for number in range(1_500)}
     with stored(redis_server.url, items) as (dead, queue, _, ids):
         for step in (dead.letters, lambda queue: (each.letter for each in dead.replay(queue=queue))):
@@ -253,7 +252,7 @@ def test_connections_that_end_while_nobody_reads(redis_server):
             for letter in step(queue):
                 seen.append(letter.id)
                 if len(seen) % 300 == 0:
-                    client.client_kill_filter(_type="normal", skipme=True)
+                    end_connections()
             assert seen == list(ids.values())
 
 

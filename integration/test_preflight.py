@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import pytest
+import redis
+from celery import Celery
 from raw import Sender
+from servers import wait_for
 from workers import Worker
+
+from celery_dlx import DeadLetters
+from celery_dlx.policy import Policy
+from celery_dlx.preflight import Fleet
 
 
 @pytest.fixture(scope="module")
@@ -65,3 +72,33 @@ def test_the_last_of_many_is_looked_at_too(worker, broker):
     done = worker.cli("replay", "preflight", "--all", "--yes", check=False)
     assert done.returncode == 1 and "1 of the letters would die again" in done.stderr, done
     worker.cli("purge", "preflight", "--yes")
+
+
+def test_a_process_whose_connections_were_closed_meanwhile(worker, broker, letters):
+    """One of a pool may be silent for hours, until the server or a balancer closes it."""
+    app = Celery("long-lived", broker=broker.url)
+    dead = DeadLetters(app, policy=Policy())
+    before = _connections(broker)
+    assert app.control.ping(timeout=1.0), "the pool has a connection"
+    pooled = _connections(broker) - before
+    assert pooled
+    for each in pooled:
+        _close(broker, each)
+    wait_for(lambda: not _connections(broker) & pooled, "they are closed")
+    assert Fleet(dead.app).tasks, "the worker answers"
+
+
+def _connections(broker):
+    if broker.kind == "redis":
+        with redis.Redis.from_url(broker.url) as client:
+            mine = client.client_id()
+            return {int(each["id"]) for each in client.client_list() if int(each["id"]) != mine}
+    return {line.strip() for line in broker.ctl("-q", "list_connections", "pid").splitlines() if "<" in line}
+
+
+def _close(broker, connection):
+    if broker.kind == "redis":
+        with redis.Redis.from_url(broker.url) as client:
+            client.client_kill_filter(_id=connection)
+    else:
+        broker.ctl("close_connection", connection, "test")

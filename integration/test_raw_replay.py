@@ -151,7 +151,7 @@ def test_a_server_that_forgot_its_scripts(redis_server, client):
         assert client.llen(queue) == 800
 
 
-def test_connections_that_end_meanwhile(redis_server, client):
+def test_connections_that_end_meanwhile(redis_server, client, end_connections):
     """Whoever takes his time finds one that lives; what was under way is told, or is found gone when it is resumed."""
     items = {str(number): ITEMS["usual"] for number in range(5_000)}
     with stored(redis_server.url, items) as (dead, queue, _, ids):
@@ -161,7 +161,7 @@ def test_connections_that_end_meanwhile(redis_server, client):
             for each in engine.run():
                 seen.append(each.letter.id)
                 if len(seen) % 700 == 1:
-                    client.client_kill_filter(_type="normal", skipme=True)
+                    end_connections()
             locks.release()
             engine.journal.close()
             if engine.error is None:
