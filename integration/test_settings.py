@@ -58,9 +58,10 @@ def note(text):
 class MyRequest(Request):
     def on_success(self, *args, **kwargs):
         return super().on_success(*args, **kwargs)
-    def on_failure(self, *args, **kwargs):
+    def on_failure(self, exc_info, *args, **kwargs):
         note("custom request on_failure")
-        return super().on_failure(*args, **kwargs)
+        note(f"frames sent: {exc_info.tb is not None}")
+        return super().on_failure(exc_info, *args, **kwargs)
 
 def my_strategy(task, app, consumer, **kwargs):
     from celery.worker.strategy import default
@@ -151,6 +152,7 @@ def test_custom_request_strategy_and_signals(features):
     wait_for(lambda: "dead failure features.custom" in worker.ran(), worker.ran)
     for line in ("custom request on_failure", "custom strategy", "task on_failure", "task_failure features.custom"):
         assert worker.ran().count(line) == 1, (line, worker.ran())
+    assert "frames sent: False" in worker.ran() and "frames sent: True" not in worker.ran()
 
 
 def test_hard_time_limit_fires_hooks_once_and_stores_the_state(features):

@@ -29,6 +29,7 @@ from celery_dlx.errors import DeadLetterError
 from celery_dlx.policy.settings import QueueSettings, management_url
 from celery_dlx.topology.live import has_net
 from celery_dlx.worker import remote  # noqa: F401 - registers its control command
+from celery_dlx.worker.einfo import send_no_frames
 from celery_dlx.worker.intake import Intake
 from celery_dlx.worker.net import Net
 from celery_dlx.worker.strategy import Strategies
@@ -66,8 +67,12 @@ class Topology(bootsteps.StartStopStep):  # type: ignore[misc]
 
     name = f"{__name__}.Topology"
     label = "dead-letter topology"
-    # After the event loop is there, and before the pool: a worker that must not start should not fork.
     requires = ("celery.worker.components:Timer",)
+
+    def __init__(self, worker: Any, **kwargs: Any) -> None:
+        super().__init__(worker, **kwargs)
+        # Here and not in `start`: whether the pool has forked before that is chance.
+        send_no_frames()
 
     def start(self, worker: Any) -> None:
         survive_frames(worker.app)
