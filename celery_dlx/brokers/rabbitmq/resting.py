@@ -12,6 +12,7 @@ from celery_dlx.lazy import unread
 from celery_dlx.letters import DESCRIBED, HEADER, RECORDED, DeadLetter, Original, describe
 
 _RECORD = HEADER.encode()
+_TASK = b"task"
 _DESCRIBED = [name.encode() for name in DESCRIBED]
 #: What nearly everybody asks for.
 _COMMON = ("id", "queue", "reason", "fingerprint", "replays", "deaths", "stripped", "died_at")
@@ -41,10 +42,15 @@ class Resting:
             return {name: read(self.record)}
         if name == "original":
             return {name: self._original()}
+        if name == "task" and (headers := self._headers([_TASK])):  # groups ask for no more
+            return {name: describe(Original(headers=headers))[name]}
         return self._described()
 
+    def _headers(self, names: list[bytes]) -> dict[str, Any] | None:
+        return headers_of(self.raw.content, self.layout, names) if _TASK in self.layout.spans else None
+
     def _described(self) -> dict[str, Any]:
-        headers = headers_of(self.raw.content, self.layout, _DESCRIBED) if b"task" in self.layout.spans else None
+        headers = self._headers(_DESCRIBED)
         return describe(self._original() if headers is None else Original(headers=headers))
 
     def _original(self) -> Original:
