@@ -205,6 +205,16 @@ class SlowLog:
         return sorted([*self.slow, *[0] * scripts], reverse=True)[scripts // many] / 1000
 
 
+def hiccup(seconds: float = 20.0) -> float:
+    """The longest time, in seconds, that the machine does something else: what `redis-cli --intrinsic-latency` measures."""
+    longest, last = 0.0, time.perf_counter()
+    end = last + seconds
+    while last < end:
+        now = time.perf_counter()
+        longest, last = max(longest, now - last), now
+    return longest
+
+
 def fill_redis(dead: DeadLetters, count: int) -> int:
     """Store letters as workers do; returns the bytes of their items."""
     stored, settings = 0, dead.policy.settings(QUEUE)
@@ -270,6 +280,8 @@ def measure_redis(url: str, count: int, table: Table) -> None:
     report_rate(table, "redis", dead)
     table.add("redis: longest command", slow.longest / 1000, "ms", WANTED["slow"], slow.what)
     table.add("redis: one command in a thousand takes", slow.one_in(1_000), "ms", WANTED["slow"], "or more")
+    note = "nothing else runs; a command's time includes such"
+    table.add("this machine holds up a busy loop for", hiccup() * 1000, "ms", note=note)
     dead.close()
 
 
