@@ -68,9 +68,9 @@ def readings(monkeypatch):
     seen = []
     begin = Reader.__init__
 
-    def counted(self, connection, dlq, few=None):
+    def counted(self, connection, dlq, few=None, **options):
         seen.append(dlq)
-        begin(self, connection, dlq, few)
+        begin(self, connection, dlq, few, **options)
 
     monkeypatch.setattr(Reader, "__init__", counted)
     return seen

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from celery import Celery
+from servers import wait_for
 
 from celery_dlx import DeadLetters
 from celery_dlx.brokers.rabbitmq import browse, moving, reader, spool, store
@@ -116,6 +117,22 @@ def test_looking_does_not_change_their_order(dead, queue, monkeypatch):
     assert [each.letter.id for each in dead.replay(queue=queue, limit=2)] == [ids[0], ids[2]]
     assert seen(limit=4) == [ids[3], ids[4], ids[5], ids[6]]
     assert seen() == [*ids[3:7], *ids[8:]]
+
+
+def test_the_next_window_is_begun_while_one_is_looked_at(dead, queue, monkeypatch):
+    monkeypatch.setattr(reader, "PER_CHANNEL", 20)
+    ids = fill(dead, queue, 70)
+    with dead.app.connection_for_read() as connection:
+        found = reader.Reader(connection, f"{queue}.dlq", ahead=True)
+        letters = iter(found)
+        seen = [next(letters)]
+        wait_for(lambda: found._drain(0) or len(found._buffer) >= 19, lambda: len(found._buffer))
+        seen.append(next(letters))
+        assert len(found._open) == 2, "as soon as all of the first is here"
+        seen += letters
+        assert [raw.body for raw in seen] == [b"\xff\0body %d" % number for number in range(70)]
+        found.close()
+    assert [letter.id for letter in dead.letters(queue)] == ids
 
 
 def test_a_replay_that_ends_early_leaves_the_others_in_order(dead, queue):

@@ -10,11 +10,11 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 try:
     import sqlite3
@@ -118,6 +118,15 @@ def open_index(path: Path, depth: int, most: int, most_bytes: int | None) -> Ind
     return Index(base, path, known[3], depth)
 
 
+class _Query(NamedTuple):
+    """Conditions, their values and an order; ``narrow``: an index tells which letters these are."""
+
+    where: list[str]
+    values: list[Any]
+    order: str
+    narrow: bool
+
+
 class Index:
     """What was read of a DLQ, of a large one without most bodies; closed when one question was answered."""
 
@@ -134,7 +143,7 @@ class Index:
         """
         try:
             query = self._query(page)
-            rows = None if query is None else self._base.execute(*query)
+            rows = None if query is None else self._rows(query, page.words)
         except sqlite3.Error as exc:
             self._spoilt(exc)
             return None
@@ -143,7 +152,19 @@ class Index:
             return None
         return self._taken(rows)
 
-    def _taken(self, rows: sqlite3.Cursor) -> Iterator[Taken]:
+    def _rows(self, query: _Query, words: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+        """What letters rest with. What has to be put in order first is their positions only."""
+        with_words = [*query.where, *["(NOT plain OR instr(content, ?) > 0)"] * len(words)]
+        texts = [word.encode() for word in words]
+        columns, order = "SELECT method, content, body FROM letters WHERE", f"ORDER BY {query.order}"
+        # All is text of ours but the values.
+        if not query.narrow:
+            return self._base.execute(f"{columns} {' AND '.join(with_words)} {order}", [*query.values, *texts])
+        found = self._base.execute(f"SELECT position FROM letters WHERE {' AND '.join(query.where)} {order}", query.values)
+        each = f"{columns} {' AND '.join(['position = ?', *with_words[len(query.where) :]])}"
+        return (row for (position,) in found for row in self._base.execute(each, [position, *texts]))
+
+    def _taken(self, rows: Iterator[tuple[Any, ...]]) -> Iterator[Taken]:
         with closing(self._base):
             try:
                 for row in rows:
@@ -157,7 +178,7 @@ class Index:
         self._base.close()
         forget(self._path)
 
-    def _query(self, page: Selection) -> tuple[str, list[Any]] | None:
+    def _query(self, page: Selection) -> _Query | None:
         where, values = ["1"], list[Any]()
         for condition, value in (("died_at >= ?", page.first), ("died_at <= ?", page.last)):
             if value is not None:
@@ -173,18 +194,14 @@ class Index:
             if len(wanted) <= _MOST_CAUSES:  # else each letter is looked at
                 where.append(f"({' OR '.join(['(fingerprint IS ? AND reason IS ? AND task IS ?)'] * len(wanted)) or '0'})")
                 values += [part for each in wanted for part in each]
+        narrow = len(where) > 1
         if page.after is not None:
             found = self._base.execute("SELECT position, died_at FROM letters WHERE id = ?", (text(page.after),)).fetchone()
             if found is None:
                 return None
             where.append("(died_at, position) < (?, ?)" if page.newest else "position > ?")
             values += (found[1], found[0]) if page.newest else (found[0],)
-        for word in page.words:
-            where.append("(NOT plain OR instr(content, ?) > 0)")
-            values.append(word.encode())
-        order = "died_at DESC, position DESC" if page.newest else "position"
-        # All is text of ours but the values.
-        return f"SELECT method, content, body FROM letters WHERE {' AND '.join(where)} ORDER BY {order}", values
+        return _Query(where, values, "died_at DESC, position DESC" if page.newest else "position", narrow)
 
     def _causes(self) -> list[tuple[Any, ...]]:
         now = time.time() * 1000

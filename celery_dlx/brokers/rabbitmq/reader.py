@@ -11,6 +11,7 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from itertools import islice
 from time import monotonic, sleep
 from typing import Any
 
@@ -23,6 +24,8 @@ logger = logging.getLogger("celery_dlx")
 
 #: Letters held unacknowledged at most by one channel, and channels at most: the broker knows each letter that is out.
 PER_CHANNEL, CHANNELS = 5_000, 200
+#: Read before it is wanted at most, in bytes; and how often what has arrived is looked at while a window is handed out.
+_AHEAD, _LOOKS = 16_777_216, 80
 #: Without a delivery for this long, in seconds, what the queue counted at the start is taken to be gone or held.
 _QUIET = 5.0
 #: Acknowledgements sent before the broker must answer.
@@ -61,8 +64,11 @@ class _Tags:
 class Reader:
     """Takes the letters that were in a DLQ when it was opened, oldest first; leaving puts back what was not settled."""
 
-    def __init__(self, connection: Any, dlq: str, few: int | None = None) -> None:
-        """``few``: that many letters are probably enough: those beyond are only asked for when they are wanted."""
+    def __init__(self, connection: Any, dlq: str, few: int | None = None, *, ahead: bool = False) -> None:
+        """``few``: that many letters are probably enough: those beyond are only asked for when they are wanted.
+
+        ``ahead``: none is acknowledged while they are read, which would make room for others out of turn.
+        """
         self._connection = connection.connection
         self._dlq = dlq
         self._deliveries = deliveries_of(self._connection)
@@ -82,6 +88,9 @@ class Reader:
         #: More are there than may be held: what lies beyond is not seen.
         self.full = False
         self._buffer: deque[Taken] = deque()
+        self._reads_ahead = ahead
+        #: Bytes of what was read ahead.
+        self._bytes = 0
         #: Called with each letter that is seen, whoever wants it.
         self.note: Callable[[Taken], None] | None = None
         channel = connection.channel()
@@ -121,11 +130,40 @@ class Reader:
             self._probing = False
         deadline = monotonic() + _QUIET
         while not self._buffer and (remaining := deadline - monotonic()) > 0:
-            try:
-                self._deliveries.drain(timeout=remaining)
-            except TimeoutError:
+            self._bytes = 0
+            if not self._drain(remaining):
                 break
-        return self._buffer.popleft() if self._buffer else None
+        if not self._buffer:
+            return None
+        if self._reads_ahead and not self.full and self.seen % max(PER_CHANNEL // _LOOKS, 1) == 0:
+            self._read_ahead()
+        raw = self._buffer.popleft()
+        self._bytes -= len(raw.content) + len(raw.body)
+        return raw
+
+    def _drain(self, timeout: float) -> bool:
+        known = len(self._buffer)
+        try:
+            self._deliveries.drain(timeout=timeout)
+        except (TimeoutError, BlockingIOError):
+            return False
+        self._bytes += sum(len(raw.content) + len(raw.body) for raw in islice(self._buffer, known, None))
+        return True
+
+    def _read_ahead(self) -> None:
+        """Take what has arrived; with all that a channel gets here, have the queue begin on the next one.
+
+        What was put back before costs RabbitMQ more than us, and it prepares a window as a whole: so nobody should wait
+        for the other. Only what is here already surely comes before what the next channel gets (a classic queue
+        goes on giving to both).
+        """
+        while self._bytes < _AHEAD and self._drain(0):
+            pass
+        last = self._buffer[-1]
+        channel = last.channel
+        wanted = last.delivery_tag >= self._window[channel] == PER_CHANNEL and channel is next(reversed(self._open))
+        if wanted and self.missed > len(self._buffer) and self._bytes < _AHEAD and len(self._open) < CHANNELS:
+            self._consume(self._connection.channel(), PER_CHANNEL)
 
     def _say_full(self) -> None:
         if not self.full:
@@ -200,8 +238,10 @@ class Reader:
         The queue hears of each by itself, and under load not in the order in which they were closed.
         """
         channels = list(self._open)
+        ahead = {raw.channel for raw in self._buffer}
         for channel in channels:
-            before = side.live_queue(self._dlq) if channel is not channels[-1] and self._open[channel].open else None
+            waits = channel is not channels[-1] and (self._open[channel].open or channel in ahead)
+            before = side.live_queue(self._dlq) if waits else None
             self._deliveries.close(channel)
             deadline = monotonic() + _SETTLE
             while before is not None and monotonic() < deadline:

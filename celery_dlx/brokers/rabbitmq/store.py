@@ -115,7 +115,7 @@ class RabbitMQBroker:
         dlq = self._policy.dlq(queue)
         page = match if isinstance(match, Selection) else Selection(match or (lambda letter: True))
         few = None if limit is None or page.newest else max(limit, 1 if match is None else WINDOW)
-        reader, letter = self._reader(queue, dlq, few=few), partial(letter_of, queue=queue, dlq=dlq)
+        reader, letter = self._reader(queue, dlq, few=few, ahead=True), partial(letter_of, queue=queue, dlq=dlq)
         place = self._place(dlq) if note and reader.depth >= indexing.AT_LEAST else None
         if place is None:
             return letters_in(reader, letter, page, limit)
@@ -157,7 +157,9 @@ class RabbitMQBroker:
         finally:
             index.forget(place)
 
-    def _reader(self, queue: str, dlq: str, connection: Any = None, few: int | None = None) -> Reader:
+    def _reader(
+        self, queue: str, dlq: str, connection: Any = None, few: int | None = None, *, ahead: bool = False
+    ) -> Reader:
         """A reader of a DLQ that can be read without harm.
 
         Raises:
@@ -167,7 +169,7 @@ class RabbitMQBroker:
         if not self.insist and dlq not in self._safe:
             self._check_safe(connection, queue, dlq)
             self._safe.add(dlq)
-        return Reader(connection, dlq, few)
+        return Reader(connection, dlq, few, ahead=ahead)
 
     def _check_safe(self, connection: Any, queue: str, dlq: str) -> None:
         version = version_tuple(connection.connection.server_properties.get("version"))
@@ -217,7 +219,7 @@ class RabbitMQBroker:
             return None
         dlq = self._policy.dlq(queue)
         connection = self._connection()
-        reader = self._reader(queue, dlq, connection)
+        reader = self._reader(queue, dlq, connection, ahead=True)
         try:
             self._held[queue] = held = Held(reader, queue, dlq, match, limit, replay, connection.userid)
         except (SpoolError, AMQPError) as exc:  # no room to set them aside; or so many channels are not to be had
@@ -292,7 +294,7 @@ class RabbitMQBroker:
 
     def export(self, queue: str, match: Match, limit: int | None = None) -> Iterator[dict[str, Any]]:
         dlq = self._policy.dlq(queue)
-        reader = self._reader(queue, dlq)
+        reader = self._reader(queue, dlq, ahead=True)
         try:
             spool = set_aside((raw for raw in reader if match(letter_of(raw, queue, dlq))), limit)
             if reader.missed and (limit is None or len(spool) < limit):
