@@ -6,6 +6,7 @@ import operator
 import signal
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,16 @@ def private(kind: str) -> Iterator[Any]:
         yield broker
     finally:
         broker.stop()
+
+
+def hiccup(seconds: float = 20.0) -> float:
+    """The longest time, in seconds, that the machine does something else: what `redis-cli --intrinsic-latency` measures."""
+    longest, last = 0.0, time.perf_counter()
+    end = last + seconds
+    while last < end:
+        now = time.perf_counter()
+        longest, last = max(longest, now - last), now
+    return longest
 
 
 def turns(rounds: int, modes: Sequence[str], measure: Callable[[str], float], label: str) -> dict[str, list[float]]:

@@ -29,7 +29,7 @@ from uuid import uuid4
 import amqp
 import redis
 from celery import Celery
-from common import HERE, Table, private, ratio, turns
+from common import HERE, Table, hiccup, private, ratio, turns
 from kombu import Connection
 from servers import RABBITMQ, wait_for
 
@@ -203,16 +203,6 @@ class SlowLog:
         """Milliseconds that one in so many scripts takes at least; nearly all commands are scripts."""
         scripts = self.client.info("commandstats")["cmdstat_evalsha"]["calls"]
         return sorted([*self.slow, *[0] * scripts], reverse=True)[scripts // many] / 1000
-
-
-def hiccup(seconds: float = 20.0) -> float:
-    """The longest time, in seconds, that the machine does something else: what `redis-cli --intrinsic-latency` measures."""
-    longest, last = 0.0, time.perf_counter()
-    end = last + seconds
-    while last < end:
-        now = time.perf_counter()
-        longest, last = max(longest, now - last), now
-    return longest
 
 
 def fill_redis(dead: DeadLetters, count: int) -> int:
