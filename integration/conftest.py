@@ -77,9 +77,15 @@ def readings(monkeypatch):
 
 
 @pytest.fixture
-def end_connections(redis_server):
-    """Ends all connections to this session's Redis. Those of kombu's pools are among them: others would find them dead."""
+def pools():
+    """Kombu's pools in this process are emptied afterwards: others would find connections in them that were ended."""
+    yield
+    kombu.pools.reset()
+
+
+@pytest.fixture
+def end_connections(redis_server, pools):
+    """Ends all connections to this session's Redis, those of kombu's pools among them."""
     client = redis.Redis.from_url(redis_server.url)
     yield lambda: client.client_kill_filter(_type="normal", skipme=True)
     client.close()
-    kombu.pools.reset()

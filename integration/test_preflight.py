@@ -74,7 +74,7 @@ def test_the_last_of_many_is_looked_at_too(worker, broker):
     worker.cli("purge", "preflight", "--yes")
 
 
-def test_a_process_whose_connections_were_closed_meanwhile(worker, broker, letters):
+def test_a_process_whose_connections_were_closed_meanwhile(worker, broker, letters, pools):
     """One of a pool may be silent for hours, until the server or a balancer closes it."""
     app = Celery("long-lived", broker=broker.url)
     dead = DeadLetters(app, policy=Policy())
