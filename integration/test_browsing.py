@@ -135,6 +135,22 @@ def test_the_next_window_is_begun_while_one_is_looked_at(dead, queue, monkeypatc
     assert [letter.id for letter in dead.letters(queue)] == ids
 
 
+def test_what_is_acknowledged_late_makes_no_room_out_of_turn(dead, queue, monkeypatch):
+    """A letter that came over the first channel again would be put back before those of the second."""
+    monkeypatch.setattr(reader, "PER_CHANNEL", 4)
+    ids = fill(dead, queue, 14)
+    with dead.app.connection_for_write() as connection:
+        found = reader.Reader(connection, f"{queue}.dlq")
+        letters = iter(found)
+        seen = [next(letters) for _ in range(7)]
+        assert len(found._open) == 2
+        found.acknowledge([(raw, letter_id) for raw, letter_id in zip(seen[:3], ids, strict=False)])
+        seen += letters
+        assert [raw.body for raw in seen] == [b"\xff\0body %d" % number for number in range(14)]
+        found.close()
+    assert [letter.id for letter in dead.letters(queue)] == ids[3:]
+
+
 def test_a_replay_that_ends_early_leaves_the_others_in_order(dead, queue):
     ids = fill(dead, queue, 300)
     for _ in range(5):

@@ -122,10 +122,14 @@ class Reader:
             yield raw
 
     def _next(self) -> Taken | None:
-        if not self._buffer and all(tags.open >= self._window[channel] for channel, tags in self._open.items()):
+        last = next(reversed(self._open))
+        if not self._buffer and self._open[last].open >= self._window[last]:
             if len(self._open) >= CHANNELS:
                 self._say_full()
                 return None
+            # What is acknowledged later must not make room there: it would be filled out of turn.
+            for tag in list(last.callbacks):
+                last.basic_cancel(tag)
             self._consume(self._connection.channel(), 1 if self._probing else PER_CHANNEL)
             self._probing = False
         deadline = monotonic() + _QUIET
