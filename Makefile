@@ -56,17 +56,17 @@ imports: $(VENV)/.dev
 unit: $(VENV)/.dev
 	$(BIN)/python -m pytest tests
 
-# Two at a time, each with brokers of its own: most of the time is spent waiting for processes. A file stays together;
-# the storms, which take longest, come first.
-TWO := -n 2 --dist loadfile --no-loadscope-reorder
+# Three at a time, each with brokers of its own: most of the time is spent waiting for processes. A file stays together; the
+# storms, which take longest, come first.
+SIDE_BY_SIDE := -n 3 --dist loadfile --no-loadscope-reorder
 
 integration: $(VENV)/.dev
-	$(BIN)/python -m pytest integration $(TWO) --durations=15
+	$(BIN)/python -m pytest integration $(SIDE_BY_SIDE) --durations=15
 
 # The matrix, the conformance suite, how Redis messages are taken and a storm on the oldest Celery we support.
 oldest: $(OLDEST)/.dev
 	$(OLDEST)/bin/python -m pytest tests
-	$(OLDEST)/bin/python -m pytest integration $(TWO) -k "test_matrix or test_conformance or test_settings or test_redis_claims or in_a_storm"
+	$(OLDEST)/bin/python -m pytest integration $(SIDE_BY_SIDE) -k "test_matrix or test_conformance or test_settings or test_redis_claims or in_a_storm"
 
 test: unit integration oldest
 

@@ -66,7 +66,7 @@ def install(package: str, variable: str | None, what: str) -> None:
     if shutil.which("apt-get") is None or os.geteuid() != 0:
         raise RuntimeError(remedy)
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    # Tests run two at a time: the second waits for the first, and then finds it installed.
+    # Tests run side by side: the second waits for the first, and then finds it installed.
     with open(Path(tempfile.gettempdir()) / "dlx-install.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         log = subprocess.run(
