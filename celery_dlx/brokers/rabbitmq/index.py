@@ -168,6 +168,8 @@ class Index:
         with closing(self._base):
             try:
                 for row in rows:
+                    if any(type(part) is not bytes for part in row):  # a block that never reached the disk reads as nothing
+                        raise sqlite3.DatabaseError("a row without a letter")
                     yield Taken(*row)
             except sqlite3.Error as exc:
                 self._spoilt(exc)

@@ -31,7 +31,9 @@ _EACH, _SPARE = 2_500, 2
 _MESSAGE = 200
 #: Types of AMQP values that are text, or nothing.
 _TEXT = frozenset(b"SV")
+#: Two letters fit a page of SQLite's usual size, and leave a fifth of it empty.
 _TABLES = """
+PRAGMA page_size = 16384;
 PRAGMA journal_mode = OFF;
 PRAGMA synchronous = OFF;
 CREATE TABLE letters (
@@ -77,15 +79,15 @@ class IndexWriter:
         self._last = raw, letter
         try:
             exception = letter.exception or {}
-            texts = letter.id, letter.fingerprint, letter.reason, letter.task, exception.get("type")
-            message = (text(exception.get("message") or "") or "")[:_MESSAGE]
+            texts = letter.fingerprint, letter.reason, letter.task, exception.get("type")
+            message = (text(exception.get("message")) or "")[:_MESSAGE]
             # Of a message of Celery's first protocol, or of no task, all is in its body.
             source = source_of(letter)
             speaks = isinstance(source, Resting) and b"task" in source.layout.spans
             body = b"" if speaks else raw.body
             plain = speaks and _is_plain(source)
-            row = *map(text, texts[:1]), whole(letter.died_at), *map(text, texts[1:]), message, plain
-            self._rows.append((*row, raw.method, raw.content, body))
+            known = text(letter.id), whole(letter.died_at), *map(text, texts)
+            self._rows.append((*known, message, plain, raw.method, raw.content, body))
             self._size += len(raw.body)
             self._bodies += len(body)
             self._waiting += len(body)

@@ -9,13 +9,16 @@ from celery_dlx.brokers.rabbitmq.decoding import decode_value
 from celery_dlx.brokers.rabbitmq.deliveries import Taken
 from celery_dlx.brokers.rabbitmq.splicing import Layout, layout
 from celery_dlx.lazy import unread
-from celery_dlx.letters import DESCRIBED, HEADER, RECORDED, DeadLetter, Original, describe
+from celery_dlx.letters import DESCRIBED, HEADER, RECORDED, DeadLetter, Original, describe, text_or_none
 
 _RECORD = HEADER.encode()
 _TASK = b"task"
 _DESCRIBED = [name.encode() for name in DESCRIBED]
-#: What nearly everybody asks for.
-_COMMON = ("id", "queue", "reason", "fingerprint", "replays", "deaths", "stripped", "died_at")
+#: What nearly everybody asks for, and how it is read.
+_COMMON = {
+    name: RECORDED[name]
+    for name in ("id", "queue", "reason", "fingerprint", "replays", "deaths", "stripped", "died_at", "exception")
+}
 
 
 class Resting:
@@ -34,7 +37,7 @@ class Resting:
     def __call__(self, name: str) -> dict[str, Any]:
         if name in _COMMON:
             record = self.record
-            found = {each: RECORDED[each](record) for each in _COMMON}
+            found = {each: read(record) for each, read in _COMMON.items()}
             found["queue"] = found["queue"] or self.queue
             return found
         read = RECORDED.get(name)
@@ -43,7 +46,7 @@ class Resting:
         if name == "original":
             return {name: self._original()}
         if name == "task" and (headers := self._headers([_TASK])):  # groups ask for no more
-            return {name: describe(Original(headers=headers))[name]}
+            return {name: text_or_none(headers["task"])}
         return self._described()
 
     def _headers(self, names: list[bytes]) -> dict[str, Any] | None:
