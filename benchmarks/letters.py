@@ -258,20 +258,21 @@ def measure_redis(url: str, count: int, table: Table) -> None:
     slow.read("storing")
     report_engine(table, "redis", count, *engine_seconds(dead, count), WANTED["replay"])
     slow.read("replaying by the engine")
-    client.unlink(QUEUE)  # aside: it must not be the longest command
-    fill_redis(dead, count)
-    slow.read("storing")
-    selecting, sending = engine_seconds(dead, count, raw=True)
-    note = f"after selecting, which took {selecting:.1f} s; sending {sending:.1f} s"
-    table.add("redis: raw bulk replay by the engine", count / sending, "letters/s", WANTED["raw"], note)
-    slow.read("replaying raw")
+    for file, kept in ("yes", ""), ("no", ", no append-only file"):
+        client.config_set("appendonly", file)
+        client.unlink(QUEUE)  # aside: it must not be the longest command
+        fill_redis(dead, count)
+        slow.read("storing")
+        selecting, sending = engine_seconds(dead, count, raw=True)
+        note = f"after selecting, which took {selecting:.1f} s; sending {sending:.1f} s"
+        table.add(f"redis: raw bulk replay by the engine{kept}", count / sending, "letters/s", WANTED["raw"], note)
+        slow.read("replaying raw")
     client.unlink(QUEUE)  # aside: it must not be the longest command
     fill_redis(dead, RATED)
     report_rate(table, "redis", dead)
     table.add("redis: longest command", slow.longest / 1000, "ms", WANTED["slow"], slow.what)
     table.add("redis: one command in a thousand takes", slow.one_in(1_000), "ms", WANTED["slow"], "or more")
-    note = "nothing else runs; a command's time includes such"
-    table.add("this machine holds up a busy loop for", hiccup() * 1000, "ms", note=note)
+    table.add("this machine holds up a busy loop for", hiccup() * 1000, "ms", note="a command's time includes such")
     dead.close()
 
 
@@ -393,7 +394,8 @@ def measure_rabbitmq(broker: Any, count: int, rounds: int, table: Table) -> None
     seconds, _ = timed(lambda: exhausted(dead.letters(QUEUE, **text), (count + 1) // 3))
     table.add("rabbitmq: scan by message text, a third matches, by the index", count / seconds, "letters/s")
     dead.looking = None
-    for command in (["list", QUEUE, "--limit", str(PAGE)], ["groups", QUEUE], ["list", QUEUE, "--json"]):
+    replaying = ["replay", QUEUE, "--all", "--yes", "--wait", "0"]  # the last: then they are gone
+    for command in (["list", QUEUE, "--limit", str(PAGE)], ["groups", QUEUE], ["list", QUEUE, "--json"], replaying):
         found, name = peak(url, *command), " ".join(command)
         wanted = "" if "--json" in command else WANTED["client"]
         table.add(f"rabbitmq: peak of dlx {name}", found, "MiB", wanted, f"{alone:.0f} MiB with one letter")

@@ -21,7 +21,7 @@ from celery_dlx.brokers.base import Broker, Looking, QueueStats, Replayed, Run
 from celery_dlx.brokers.cover import BrokerCover
 from celery_dlx.brokers.queues import identity, queues_class
 from celery_dlx.brokers.redis import install as install_redis_transport
-from celery_dlx.choice import Choice
+from celery_dlx.choice import Choice, describe
 from celery_dlx.errors import (
     AlreadyInstalledError,
     BrokerUrlError,
@@ -35,7 +35,7 @@ from celery_dlx.groups import Group, Groups
 from celery_dlx.journal import QueueLocks
 from celery_dlx.letters import DeadLetter
 from celery_dlx.policy.settings import Policy, is_glob, management_url
-from celery_dlx.replay import Engine, Options, describe, resume, start
+from celery_dlx.replay import Engine, Options, resume, start
 from celery_dlx.signals import dead_letter_replayed, heard
 
 if TYPE_CHECKING:

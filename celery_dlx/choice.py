@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from itertools import islice
+from typing import Any
 from uuid import uuid4
 
 from celery_dlx.brokers.base import Broker, Chosen
@@ -81,7 +83,7 @@ class Choice:
             return islice(known, limit)
         held = self._broker.hold(queue, self.match, self.replay, limit)
         if held is not None:
-            return iter(held.chosen)
+            return held.chosen()
         if limit is not None:
             return map(Chosen.of, self._broker.browse(queue, self.match, limit))
         found: list[Chosen] = []
@@ -96,3 +98,9 @@ class Choice:
         locks, self._locks = self._locks, None
         if locks is not None:
             locks.release()
+
+
+def describe(queue: str | None, ids: Any, selected: dict[str, Any]) -> str:
+    """A selection in words, for the journal."""
+    what = f"{len(ids)} ids" if ids else json.dumps(selected, default=str) if selected else "all"
+    return f"{queue or 'every queue'}: {what}"

@@ -16,10 +16,13 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from celery_dlx.entries import Entries
 from celery_dlx.errors import JournalError, UsageError
 from celery_dlx.letters import iso_time
 
 STATE_VARIABLE = "CELERY_DLX_STATE"
+#: What reading a line raises that was being written when the power went, or that somebody else wrote.
+_CUT = (ValueError, KeyError, TypeError, AttributeError, OverflowError, StopIteration)
 
 
 def state_folder() -> Path:
@@ -29,30 +32,6 @@ def state_folder() -> Path:
         return Path(named)
     base = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
     return Path(base) / "celery-dlx"
-
-
-@dataclass(slots=True)
-class Entry:
-    """One selected letter. ``state``: selected, gone (it was no letter any more), replayed, succeeded, failed."""
-
-    id: str
-    queue: str
-    fingerprint: str
-    #: In milliseconds since the epoch; noted of raw replays only, after which a letter may come back under its id.
-    died_at: int = 0
-    state: str = "selected"
-    #: Said to be about to leave; said to have left.
-    sending: bool = False
-    settled: bool = False
-    #: It failed of something else than before.
-    differently: bool = False
-
-    @property
-    def outcome(self) -> str:
-        """What became of it: succeeded, failed the same way or differently, waiting (no news), left."""
-        if self.state == "failed":
-            return "failed_differently" if self.differently else "failed_the_same"
-        return {"replayed": "waiting", "succeeded": "succeeded"}.get(self.state, "left")
 
 
 @dataclass
@@ -65,7 +44,7 @@ class Record:
     by: str = ""
     broker: str = ""
     options: dict[str, Any] = field(default_factory=dict)
-    entries: dict[str, Entry] = field(default_factory=dict)
+    entries: Entries = field(default_factory=Entries)
     #: ``None`` while nothing was said: then it runs, or was killed.
     stopped: str | None = None
     ended: bool = False
@@ -77,17 +56,16 @@ class Record:
 
     def summary(self) -> dict[str, Any]:
         """The object that `dlx replay --json` ends with."""
-        states = [entry.state for entry in self.entries.values()]
-        succeeded, failed = states.count("succeeded"), states.count("failed")
+        count = self.entries.count
         # What was not found any more was not replayed either: somebody holds it, or somebody else took it.
-        left = states.count("selected") + states.count("gone")
+        left = count("selected") + count("gone")
         return {
             "replay": self.replay,
-            "selected": len(states),
-            "replayed": len(states) - left,
-            "succeeded": succeeded,
-            "failed_again": failed,
-            "waiting": states.count("replayed"),
+            "selected": len(self.entries),
+            "replayed": len(self.entries) - left,
+            "succeeded": count("succeeded"),
+            "failed_again": count("failed"),
+            "waiting": count("replayed"),
             "left": left,
             "stopped": self.stopped if self.ended else "running" if self.running else "killed",
         }
@@ -99,22 +77,12 @@ class Record:
             self.started, self.selection, self.by = line["started"], line["selection"], line["by"]
             self.broker, self.options = line["broker"], line["options"]
         elif kind == "select":
-            for letter_id, queue, mark, *died_at in line["letters"]:
-                self.entries[letter_id] = Entry(letter_id, queue, mark, *died_at)
+            for letter in line["letters"]:
+                self.entries.add(*letter)
         elif kind == "state":
-            for letter_id in line["letters"]:
-                entry = self.entries.get(letter_id)
-                if entry is None:
-                    continue
-                entry.settled = entry.settled or line["state"] == "replayed"
-                # Workers may be faster than we are: a letter that has come to its end is not merely replayed.
-                if line["state"] not in ("replayed", "gone") or entry.state not in ("succeeded", "failed"):
-                    entry.state = line["state"]
-                    entry.differently = letter_id in line.get("differently", ())
+            self.entries.became(line["letters"], line["state"], line.get("differently", ()))
         elif kind == "sending":
-            for letter_id in line["letters"]:
-                if letter_id in self.entries:
-                    self.entries[letter_id].sending = True
+            self.entries.sending(line["letters"])
         elif kind == "selected":
             self.complete = True
         elif kind == "canaries":
@@ -126,9 +94,7 @@ class Record:
         elif kind == "end":
             self.ended, self.stopped = True, line["stopped"]
             if line.get("clean"):
-                # Nothing is under way: what did not leave is to be looked for, not taken for gone with us.
-                for entry in self.entries.values():
-                    entry.sending = entry.sending and entry.settled
+                self.entries.at_rest()
 
 
 class Journal:
@@ -228,8 +194,8 @@ def read_record(replay: str, folder: Path | None = None) -> Record:
         for text in file:
             try:
                 record.apply(json.loads(text))
-            except (ValueError, KeyError, TypeError, AttributeError):
-                continue  # the line that was being written when the power went
+            except _CUT:
+                continue
         try:
             _lock(file, "")
         except UsageError:
@@ -238,12 +204,20 @@ def read_record(replay: str, folder: Path | None = None) -> Record:
 
 
 def history(broker: str | None = None, folder: Path | None = None) -> Iterator[Record]:
-    """All replays of this machine's user, oldest first; of one broker, if named."""
+    """All replays of this machine's user, oldest first; of one broker, if named. One is read after the other."""
     place = (folder or state_folder()) / "replays"
-    records = (
-        [read_record(path.stem, folder) for path in place.glob("*.jsonl") if path.stem.isalnum()] if place.is_dir() else []
-    )
-    yield from sorted((r for r in records if broker is None or r.broker == broker), key=lambda record: record.started)
+    begun = [_beginning(path) for path in place.glob("*.jsonl") if path.stem.isalnum()] if place.is_dir() else []
+    for record in sorted(begun, key=lambda record: record.started):
+        if broker is None or record.broker == broker:
+            yield read_record(record.replay, folder)
+
+
+def _beginning(path: Path) -> Record:
+    """Of a replay: what its journal begins with, which says when and where it was."""
+    record = Record(path.stem)
+    with open(path, encoding="utf-8", errors="replace") as file, suppress(*_CUT):
+        record.apply(json.loads(next(text for text in file if text.strip())))
+    return record
 
 
 def as_history(record: Record) -> dict[str, Any]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from celery_dlx.brokers.base import Broker, Chosen, Replayed, Run
 from celery_dlx.errors import UsageError
-from celery_dlx.journal import Entry, Journal
+from celery_dlx.journal import Journal
 
 if TYPE_CHECKING:
     from celery_dlx.replay import Options
@@ -41,18 +41,16 @@ def check(options: Options, broker: Broker) -> None:
 
 
 class RawSending:
-    """The selected letters of one queue on their way: the journal says so before they leave, and after.
+    """Selected letters of one queue, by their numbers, on their way: the journal says so before they leave, and after.
 
     ``may_go`` is asked before each, if somebody sets the pace; ``noted`` is called when the journal says that some left.
     """
 
     def __init__(
-        self, journal: Journal, entries: list[Entry], may_go: Callable[[], bool] | None, noted: Callable[[], None]
+        self, journal: Journal, numbers: Sequence[int], may_go: Callable[[], bool] | None, noted: Callable[[], None]
     ) -> None:
-        self._journal, self._entries, self._may_go, self._noted = journal, entries, may_go, noted
+        self._journal, self._numbers, self._may_go, self._noted = journal, numbers, may_go, noted
         self._moved: list[str] = []
-        #: Ids that were not seen to leave.
-        self.left = {entry.id for entry in entries}
 
     def through(self, broker: Broker, queue: str, run: Run) -> Iterator[Replayed]:
         """Send them; yields each letter that left."""
@@ -66,17 +64,17 @@ class RawSending:
             self._note()
 
     def _leaving(self) -> Iterator[Chosen]:
-        for start in range(0, len(self._entries), AHEAD):
-            some = self._entries[start : start + AHEAD]
-            self._journal.write("sending", letters=[entry.id for entry in some])
-            for entry in some:
+        for start in range(0, len(self._numbers), AHEAD):
+            numbers = self._numbers[start : start + AHEAD]
+            some = list(map(Chosen._make, self._journal.record.entries.remembered(numbers)))
+            self._journal.write("sending", letters=[each.id for each in some])
+            for each in some:
                 if self._may_go is not None and not self._may_go():
                     return
-                yield Chosen(entry.id, entry.fingerprint, entry.died_at)
+                yield each
 
     def _note(self) -> None:
         if self._moved:
-            self.left.difference_update(self._moved)
             # What was being sent, is on disk, and is not in its DLQ any more, left: this line may be lost with the machine.
             self._journal.note("state", state="replayed", letters=self._moved)
             self._moved = []

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import base64
 import getpass
-import json
 import socket
 import time
-from collections.abc import Callable, Generator, Iterator
+from array import array
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -23,9 +23,11 @@ from redis.exceptions import RedisError
 
 from celery_dlx.brokers.base import Broker, Chosen, Match, Replayed, Run
 from celery_dlx.choice import Choice
+from celery_dlx.entries import Entries
 from celery_dlx.errors import DeadLetterError, ReplayError, UsageError
-from celery_dlx.journal import Entry, Journal, QueueLocks, Record, read_record
+from celery_dlx.journal import Journal, QueueLocks, Record, read_record
 from celery_dlx.letters import DeadLetter
+from celery_dlx.pace import Pace
 from celery_dlx.raw import RawSending, check
 from celery_dlx.selection import Selection, match
 from celery_dlx.signals import dead_letter_replayed, heard
@@ -34,12 +36,13 @@ from celery_dlx.signals import dead_letter_replayed, heard
 _BATCH = 2_000
 #: Letters that the journal says are being sent before the first of them leaves.
 _AHEAD = 1_000
-#: What a paced replay may make up for, in seconds.
-_BATCH_SECONDS = 0.1
 #: A paced replay reads its DLQ anew after this long, in seconds.
 _LOOK_ANEW = 300
 #: Between looks at what workers report, in seconds.
 _LOOK_EVERY = 0.1
+#: What a run knows of a letter: it left in this run, for what is heard of earlier ones stops nothing; it may have left with
+#: an earlier one that was killed; it is to leave; the journal says so.
+_SENT, _BEFORE, _WANTED, _ANNOUNCED = 1, 2, 4, 8
 #: Canaries have this long to come to an end after the last news of them, in seconds.
 CANARY_PATIENCE = 60.0
 
@@ -78,17 +81,28 @@ class Engine:
     _stop: str | None = None
     _looked: float = 0.0
     _heard: float = field(default_factory=time.monotonic)
-    _next_at: float = 0.0
-    #: Letters that left in this run: what is heard of earlier ones stops nothing.
-    _sent: set[str] = field(default_factory=set)
-    #: Letters that an earlier run was sending when it was killed.
-    _sending_before: frozenset[str] = frozenset()
+    #: By the numbers of letters: what this run knows of them, see `_SENT`.
+    _marks: bytearray = field(default_factory=bytearray)
     #: What its letters were chosen by, in this run.
     _chosen_by: Match | None = None
+
+    def __post_init__(self) -> None:
+        self._marks = bytearray(len(self._entries))
+        self._pace = Pace(self.options.rate)
+        self._batch = self._pace.batch(_BATCH)
 
     @property
     def record(self) -> Record:
         return self.journal.record
+
+    @property
+    def _entries(self) -> Entries:
+        return self.journal.record.entries
+
+    def was_killed(self) -> None:
+        """Letters that are under way by the journal may have left with the run before this one."""
+        for number in self._entries.under_way():
+            self._marks[number] |= _BEFORE
 
     def run(self) -> Generator[Replayed, None, None]:
         """Replay what is selected and has not left yet; yields each letter that left. What breaks it off is in `error`."""
@@ -112,24 +126,21 @@ class Engine:
 
     def _run(self) -> Iterator[Replayed]:
         while self.options.canary and not self.record.proven and not self._over():
-            if not self._in_state("selected"):
+            if not self._entries.count("selected"):
                 break
             yield from self._send_canaries(self.options.canary)
             self.broker.release()  # nobody knows how long they take
             self._await_canaries()
         if self._stop is None:
-            yield from self._send([entry for entry in self.record.entries.values() if entry.state in ("selected", "gone")])
+            yield from self._send(lambda queue: self._entries.numbers(("selected", "gone"), queue))
         self.broker.release()
         self._await_rest()
-
-    def _in_state(self, state: str) -> bool:
-        return any(entry.state == state for entry in self.record.entries.values())
 
     def _tidy(self) -> None:
         """Letters that were executed, and still lie in their DLQ because we were killed before we could take them out."""
         over: dict[str, set[str]] = {}
-        for entry in self.record.entries.values():
-            if entry.sending and not entry.settled and entry.state in ("succeeded", "failed"):
+        for entry in map(self._entries.at, self._entries.under_way()):
+            if entry.state in ("succeeded", "failed"):
                 over.setdefault(entry.queue, set()).add(entry.id)
         for queue, ids in over.items():
             for _ in self.broker.discard(queue, match(ids=ids), len(ids)):
@@ -137,20 +148,20 @@ class Engine:
 
     def _send_canaries(self, count: int) -> Iterator[Replayed]:
         # New ones each time: the cause of the last ones' failure may be fixed.
-        waiting = [i for i in self.record.canaries if self.record.entries[i].state in ("replayed", "succeeded")]
+        waiting = [i for i in self.record.canaries if self._entries[i].state in ("replayed", "succeeded")]
         missing = count - len(waiting)
-        fresh = [entry for entry in self.record.entries.values() if entry.state == "selected"][: max(missing, 0)]
+        fresh = [self._entries.at(number) for number in self._entries.numbers(("selected",))[: max(missing, 0)]]
         self.journal.write("canaries", letters=[*waiting, *(entry.id for entry in fresh)])
-        yield from self._send(fresh)
+        yield from self._send(lambda queue: array("I", (entry.number for entry in fresh if entry.queue == queue)))
 
-    def _send(self, entries: list[Entry]) -> Iterator[Replayed]:
-        wanted: dict[str, list[Entry]] = {}
-        for entry in entries:
-            wanted.setdefault(entry.queue, []).append(entry)
+    def _send(self, numbers: Callable[[str], array[int]]) -> Iterator[Replayed]:
+        """Send letters of each queue: those that ``numbers`` says when its turn comes."""
         refused: ReplayError | None = None
-        for queue, chosen in wanted.items():
+        for queue in self._entries.queues():
             if self._over():
                 break
+            if not (chosen := numbers(queue)):
+                continue
             try:
                 yield from self._send_raw(queue, chosen) if self.options.raw else self._send_queue(queue, chosen)
             except ReplayError as exc:  # letters that cannot go must not hold up other queues, now and at each resume
@@ -158,66 +169,70 @@ class Engine:
         if refused is not None:
             raise refused
 
-    def _send_raw(self, queue: str, entries: list[Entry]) -> Iterator[Replayed]:
+    def _send_raw(self, queue: str, numbers: array[int]) -> Iterator[Replayed]:
         pace = self._paced if self.options.rate else None
-        sending = RawSending(self.journal, entries, pace, lambda: self.on_progress(self.record))
+        sending = RawSending(self.journal, numbers, pace, lambda: self.on_progress(self.record))
         run = Run(to=self.options.to, batch=self._batch, bodies=heard(), stop=self._over)
         for replayed in sending.through(self.broker, queue, run):
             if run.bodies:
                 dead_letter_replayed.send(sender=None, letter=replayed.letter, queue=replayed.queue)
             yield replayed
         if not self._over():
-            self._gone(sending.left)
+            self._gone(self._entries.numbers(("selected", "gone"), queue))
 
-    @property
-    def _batch(self) -> int:
-        return max(1, min(_BATCH, int(self.options.rate / 10))) if self.options.rate else _BATCH
+    def _send_queue(self, queue: str, numbers: array[int]) -> Iterator[Replayed]:
+        marks, find = self._marks, self._entries.ids.find
+        coming: Iterator[int] = iter(())
+        wanted = 0
 
-    def _send_queue(self, queue: str, entries: list[Entry]) -> Iterator[Replayed]:
-        all_ids, ids = [entry.id for entry in entries], set[str]()
-        announced: set[str] = set()
-        coming: Iterator[str] = iter(())
-
-        def announce(letter_id: str) -> None:
+        def announce(number: int) -> None:
             # Only what may be under way when we are killed is taken for gone with us: a few ahead, not all.
-            lot = [letter_id, *islice(coming, _AHEAD)]
-            self.journal.write("sending", letters=lot)
-            announced.update(lot)
+            lot = [number, *islice(coming, _AHEAD)]
+            self.journal.write("sending", letters=[self._entries.ids[each] for each in lot])
+            for each in lot:
+                marks[each] |= _ANNOUNCED
 
         def match(letter: DeadLetter) -> bool:
-            if letter.id not in ids or not self._paced():
+            nonlocal wanted
+            number = find(letter.id)
+            if number is None or not marks[number] & _WANTED or not self._paced():
                 return False
-            if letter.id not in announced:
-                announce(letter.id)
-            ids.discard(letter.id)  # a duplicate with the same id stays where it is
+            if not marks[number] & _ANNOUNCED:
+                announce(number)
+            marks[number] &= ~_WANTED  # a duplicate with the same id stays where it is
+            wanted -= 1
             return True
 
         rate, batch = self.options.rate, self._batch
         if rate:
             self.broker.release()  # it may take hours
-        run = Run(self.record.replay, self.options.to, batch, lambda: bool(ids), self._editor(), heard())
+        run = Run(self.record.replay, self.options.to, batch, lambda: wanted > 0, self._editor(), heard())
         run.held, run.stop = self._chosen_by, self._over
         # A paced replay looks anew now and then: RabbitMQ takes letters back that are held for half an hour.
-        size = max(1, int(rate * _LOOK_ANEW)) if rate else len(all_ids)
+        size = max(1, int(rate * _LOOK_ANEW)) if rate else len(numbers)
         moved: list[str] = []
         try:
-            for start in range(0, len(all_ids), size):
+            for start in range(0, len(numbers), size):
                 if self._over():
                     return
-                ids.update(all_ids[start : start + size])
-                coming = iter(all_ids[start : start + size])
-                chosen = Selection(match, ids=all_ids[start : start + size])
-                for replayed in self.broker.replay(queue, chosen, len(ids), run):
+                some = numbers[start : start + size]
+                for number in some:
+                    marks[number] = marks[number] & ~_ANNOUNCED | _WANTED
+                coming, wanted = iter(some), len(some)
+                chosen = Selection(match, ids=self._entries.some_ids(some))
+                for replayed in self.broker.replay(queue, chosen, wanted, run):
                     moved.append(replayed.letter.id)
-                    self._sent.add(replayed.letter.id)
+                    if (left := find(replayed.letter.id)) is not None:
+                        marks[left] |= _SENT
                     dead_letter_replayed.send(sender=None, letter=replayed.letter, queue=replayed.queue)
                     if len(moved) >= batch:
                         self._moved(moved)
                     yield replayed
                 if not self._over():
-                    self._gone(ids)
-                ids.clear()
+                    self._gone([number for number in some if marks[number] & _WANTED])
         finally:
+            for number in numbers:
+                marks[number] &= ~_WANTED
             self._moved(moved)
 
     def _editor(self) -> Callable[[DeadLetter], None] | None:
@@ -234,16 +249,16 @@ class Engine:
 
         return change
 
-    def _gone(self, ids: set[str]) -> None:
+    def _gone(self, numbers: Sequence[int]) -> None:
         """Letters that were selected, and are not seen in their DLQ any more.
 
         An earlier run of this replay was sending them, and was killed before it could say that they left; or somebody
         else replayed, discarded or holds them. The latter are looked for again when the replay is resumed.
         """
-        before = {i for i in ids if i in self._sending_before}
-        for state, letters in (("replayed", before), ("gone", ids - before)):
-            if letters:
-                self.journal.write("state", state=state, letters=sorted(letters))
+        for state, before in (("replayed", _BEFORE), ("gone", 0)):
+            ids = [self._entries.ids[number] for number in numbers if self._marks[number] & _BEFORE == before]
+            for start in range(0, len(ids), _BATCH):
+                self.journal.write("state", state=state, letters=ids[start : start + _BATCH])
 
     def _moved(self, moved: list[str]) -> None:
         if moved:
@@ -254,16 +269,7 @@ class Engine:
 
     def _paced(self) -> bool:
         """Wait for this letter's turn; whether it may go."""
-        if self.options.rate:
-            now = time.monotonic()
-            # What waiting for the broker cost is made up for, but not the time before the first letter.
-            earliest = now - max(_BATCH_SECONDS, 1 / self.options.rate)
-            self._next_at = max(self._next_at + 1 / self.options.rate, earliest) if self._next_at else now
-            while (left := self._next_at - time.monotonic()) > 0:
-                if self._over():
-                    return False
-                time.sleep(min(left, _LOOK_EVERY))
-        return not self._over()
+        return self._pace.wait(self._over)
 
     def _over(self) -> bool:
         """Whether to stop; takes in what workers report, now and then."""
@@ -281,15 +287,15 @@ class Engine:
         by_state: dict[str, list[str]] = {}
         differently: list[str] = []
         for report in reports:
-            entry = self.record.entries.get(str(report.get("of")))
+            entry = self._entries.get(str(report.get("of")))
             if entry is None or report.get("state") not in ("succeeded", "failed"):
                 continue
             by_state.setdefault(report["state"], []).append(entry.id)
             same = report.get("fingerprint") == entry.fingerprint
             if report["state"] == "failed" and not same:
                 differently.append(entry.id)
-            again = report["state"] == "failed" and same and entry.id in self._sent
-            if again and self.options.stop_on_repeat and self._stop is None and self._in_state("selected"):
+            again = report["state"] == "failed" and same and self._marks[entry.number] & _SENT
+            if again and self.options.stop_on_repeat and self._stop is None and self._entries.count("selected"):
                 self._stop = f"the same failure came back (letter {entry.id})"
         for state, ids in by_state.items():
             self.journal.write(
@@ -302,7 +308,7 @@ class Engine:
     def _await_canaries(self) -> None:
         self._heard = time.monotonic()
         while not self._over():
-            states = [self.record.entries[letter_id].state for letter_id in self.record.canaries]
+            states = [self._entries[letter_id].state for letter_id in self.record.canaries]
             if "failed" in states:
                 self._stop = "a canary failed again"
             elif "replayed" in states and time.monotonic() - self._heard > self.options.patience:
@@ -312,7 +318,7 @@ class Engine:
                 )
             elif "replayed" not in states:
                 # Those that were gone prove nothing: others take their place.
-                if states.count("succeeded") >= (self.options.canary or 0) or not self._in_state("selected"):
+                if states.count("succeeded") >= (self.options.canary or 0) or not self._entries.count("selected"):
                     self.journal.write("proven")
                 return
             else:
@@ -322,7 +328,7 @@ class Engine:
         """Hear what becomes of the others, as long as there is news."""
         while not self.options.raw and not self.interrupted():
             self._look()
-            if not self._in_state("replayed") or time.monotonic() - self._heard > self.options.wait:
+            if not self._entries.count("replayed") or time.monotonic() - self._heard > self.options.wait:
                 return
             time.sleep(_LOOK_EVERY)
 
@@ -366,7 +372,7 @@ def resume(
         raise UsageError(f"replay {replay} was on {record.broker}, this app's broker is {url}")
     if not record.complete:
         raise UsageError(f"replay {replay} was killed while it selected letters, and none had left: start it again")
-    locks = QueueLocks(url, {entry.queue for entry in record.entries.values()}, replay)
+    locks = QueueLocks(url, record.entries.queues(), replay)
     try:
         journal = Journal(record)
         record = journal.record = read_record(replay)  # again, now that nobody else writes it
@@ -374,12 +380,13 @@ def resume(
         known = {key: value for key, value in record.options.items() if key in Options.__dataclass_fields__}
         options = Options(**known)
         options.rate, options.wait = rate or options.rate, options.wait if wait is None else wait
-        before = frozenset(entry.id for entry in record.entries.values() if entry.sending and not entry.settled)
+        engine = Engine(broker, journal, options, **hooks)
+        engine.was_killed()
         journal.write("go")
     except BaseException:
         locks.release()
         raise
-    return Engine(broker, journal, options, _sending_before=before, **hooks), locks
+    return engine, locks
 
 
 def _line(queue: str, letter: Chosen, options: Options) -> list[Any]:
@@ -391,9 +398,3 @@ def _user() -> str:
         return getpass.getuser()
     except (KeyError, OSError):
         return "?"
-
-
-def describe(queue: str | None, ids: Any, selected: dict[str, Any]) -> str:
-    """A selection in words, for the journal."""
-    what = f"{len(ids)} ids" if ids else json.dumps(selected, default=str) if selected else "all"
-    return f"{queue or 'every queue'}: {what}"

@@ -35,7 +35,7 @@ class Selection:
         self._matches = matches
         #: It looks into messages, which Redis reads only if somebody wants them.
         self.bodies = bodies
-        #: Only these can match; a list is in the order of their deaths.
+        #: Only these can match; a sequence is in the order of their deaths.
         self.ids = ids
         #: Tests what letters of one fingerprint have in common: where it fails for one, all of them fail.
         self.cause = cause

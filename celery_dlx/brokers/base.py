@@ -184,8 +184,8 @@ class Looking:
 class Holding(Protocol):
     """Letters that are held for a replay."""
 
-    #: Oldest first.
-    chosen: list[Chosen]
+    def chosen(self) -> Iterator[Chosen]:
+        """What is to be remembered of them, oldest first; may be asked for more than once."""
 
     def letters(self) -> Iterator[DeadLetter]:
         """The letters, with their messages; may be asked for more than once."""

@@ -155,7 +155,7 @@ def replay_letters(
     _report(engine, as_json)
     if engine.error is not None:
         raise engine.error
-    missing = sorted(set(ids or ()) - set(engine.record.entries))
+    missing = sorted(each for each in set(ids or ()) if each not in engine.record.entries)
     if missing:
         raise UnknownLetterError(
             f"no letter {', '.join(missing)}; it was replayed, discarded or evicted, or lies in the DLQ of a queue this app "
@@ -289,20 +289,20 @@ def show_history(ctx: click.Context, replay: str | None, everywhere: bool, as_js
         _show_entries(read_record(replay), as_json)
         return
     dead = dead_letters(ctx)
-    records = list(history(None if everywhere else dead.broker_name))
+    records = map(as_history, history(None if everywhere else dead.broker_name))
     if as_json:
         for record in records:
-            output.json_line(as_history(record))
+            output.json_line(record)
         return
     keys = ["replay", "started", "by", "selection", "selected", "replayed", "succeeded", "failed_again", "waiting", "left"]
-    rows = [[*(as_history(record)[key] for key in keys), as_history(record)["stopped"] or ""] for record in records]
+    rows = [[*(record[key] for key in keys), record["stopped"] or ""] for record in records]
     output.table([key.replace("_", " ").upper() for key in [*keys, "stopped"]], rows)
 
 
 def _show_entries(record: Record, as_json: bool) -> None:
     counts: Counter[str] = Counter()
     rows = []
-    for entry in record.entries.values():
+    for entry in record.entries:
         counts[entry.outcome] += 1
         if as_json:
             output.json_line(

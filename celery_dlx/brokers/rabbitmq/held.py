@@ -13,9 +13,11 @@ from typing import Any
 
 from celery_dlx.brokers.base import Chosen, Match, Run
 from celery_dlx.brokers.rabbitmq.deliveries import Taken
+from celery_dlx.brokers.rabbitmq.index import whole
 from celery_dlx.brokers.rabbitmq.letters import letter_of, revived_bytes
 from celery_dlx.brokers.rabbitmq.reader import Reader
 from celery_dlx.brokers.rabbitmq.spool import Spool
+from celery_dlx.ids import IdList
 from celery_dlx.lazy import unread
 from celery_dlx.letters import DeadLetter
 
@@ -35,15 +37,16 @@ class Held:
         #: What they were chosen by: they are nobody else's.
         self.match, self.limit = match, limit
         self._queue, self._dlq, self._replay, self._user = queue, dlq, replay, user
-        #: In their order.
-        self.chosen: list[Chosen] = []
+        #: By letter, in their order: its id, the number of its cause, and when it died.
+        self._ids, self._causes, self._died_at = IdList(), array("I"), array("q")
+        self._cause_numbers: dict[str, int] = {}
         #: The letters; and the properties they will be sent with, or nothing, if that is not plain.
-        self._spool, self._plain = Spool(), Spool()
+        self._spool, self._plain = Spool(others=1), Spool(others=1)
         self._use_plain = False
         self._numbers: dict[Any, int] = {}
         #: By letter: the number of the channel that it was delivered on.
         self._channels = array("H")
-        causes: dict[str, str] = {}
+        causes = self._cause_numbers
         for raw in reader:
             letter = letter_of(raw, queue, dlq)
             if match(letter):
@@ -51,14 +54,21 @@ class Held:
                 same = revived_bytes(raw, letter, user, replay) if letter.queue == queue else None
                 self._plain.add(Taken(b"", b"" if same is None else same[0], b""))
                 self._channels.append(self._numbers.setdefault(raw.channel, len(self._numbers)))
-                cause = causes.setdefault(letter.fingerprint, letter.fingerprint)
-                self.chosen.append(Chosen(letter.id, cause, letter.died_at))
-                if len(self.chosen) == limit:
+                self._ids.append(letter.id)
+                self._causes.append(causes.setdefault(letter.fingerprint, len(causes)))
+                self._died_at.append(whole(letter.died_at))
+                if len(self._ids) == limit:
                     break
         self._spool.flush()
         self._plain.flush()
         # What is acknowledged makes room, in which what dies again meanwhile would be delivered to us.
         reader.stop()
+
+    def chosen(self) -> Iterator[Chosen]:
+        """What is to be remembered of them, in their order."""
+        causes = list(self._cause_numbers)
+        each = zip(self._ids, self._causes, self._died_at, strict=True)
+        return (Chosen(letter_id, causes[number], died_at) for letter_id, number, died_at in each)
 
     def letters(self) -> Iterator[DeadLetter]:
         """What is held, with messages."""
@@ -70,7 +80,7 @@ class Held:
 
     def __iter__(self) -> Iterator[tuple[Taken, DeadLetter, bytes | None]]:
         channels = list(self._numbers)
-        each = zip(self.chosen, self._channels, self._spool.read(), self._plain.read(), strict=True)
+        each = zip(self.chosen(), self._channels, self._spool.read(), self._plain.read(), strict=True)
         for chosen, number, raw, plain in each:
             raw.channel = channels[number]
             if self._use_plain and plain.content:

@@ -19,6 +19,7 @@ from amqp.exceptions import AMQPError, NotFound
 
 from celery_dlx.brokers.rabbitmq.declare import SideChannel
 from celery_dlx.brokers.rabbitmq.deliveries import Taken, deliveries_of, taken
+from celery_dlx.ids import IdSet
 
 logger = logging.getLogger("celery_dlx")
 
@@ -77,7 +78,7 @@ class Reader:
         #: By channel: how many it may hold.
         self._window: dict[Any, int] = {}
         #: Ids of letters that were.
-        self.acknowledged: set[str] = set()
+        self.acknowledged = IdSet()
         self._settled = 0
         self.depth = 0
         self.seen = 0

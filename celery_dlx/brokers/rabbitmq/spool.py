@@ -27,10 +27,11 @@ _SIZES = Struct(">HIQ")
 class Spool:
     """Letters in the order they are added; closing it, or letting go of it, forgets them."""
 
-    def __init__(self) -> None:
+    def __init__(self, others: int = 0) -> None:
+        """``others``: so many share what may be kept in memory."""
         self._file: IO[bytes] | None = None
         self._first: list[Taken] = []
-        self._room = _IN_MEMORY
+        self._room = _IN_MEMORY // (others + 1)
         #: Where each of those beyond begins in the file, and where the next will.
         self._places = array("Q")
         self._end = 0

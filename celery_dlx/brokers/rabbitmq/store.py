@@ -31,6 +31,7 @@ from celery_dlx.brokers.rabbitmq.reports import Reports
 from celery_dlx.brokers.rabbitmq.unreachable import connected
 from celery_dlx.errors import ReplayError, SpoolError, UnsafeQueueError, UsageError
 from celery_dlx.groups import Group
+from celery_dlx.ids import IdSet
 from celery_dlx.letters import DeadLetter, iso_time
 from celery_dlx.policy.settings import BUILT_IN, Policy
 from celery_dlx.selection import Selection
@@ -283,7 +284,7 @@ class RabbitMQBroker:
                 logger.warning("%d acknowledgements of %s were lost, and are sent again", len(left), dlq)
                 again.acknowledge(left)
             else:
-                ids = set()  # what came meanwhile is not ours
+                ids = IdSet()  # what came meanwhile is not ours
             reader = again
 
     def watch(self, replay: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from math import inf, isfinite
 from typing import Any
@@ -127,7 +127,8 @@ class RedisBroker:
             yield from self._store.reader.pages(queue, span, bodies=bodies, causes=causes, words=selected.words)
             return
         ids = selected.ids
-        if isinstance(ids, list) and not selected.newest and selected.after is None:  # in the order of their deaths already
+        # A sequence is in the order of their deaths already.
+        if isinstance(ids, Sequence) and not selected.newest and selected.after is None:
             for lot in self._store.reader.picked(queue, ids, bodies=bodies):
                 yield from lot
             return
