@@ -54,6 +54,10 @@ RAW = {
               f"before {REDIS}.aside:Aside.begin", f"after {REDIS}.aside:Aside.begin",
               f"before {RAW_MOVER}._settle", f"after {RAW_MOVER}._settle", f"before {RAW_MOVER}.close"],
 }  # fmt: skip
+LOOK = {
+    "rabbitmq": [f"{moment} {READER}.{step}" for step in ("_consume", "_read_ahead", "stop", "_put_back")
+                 for moment in ("before", "after")],
+}  # fmt: skip
 DISCARD = {
     "rabbitmq": [f"before {READER}.acknowledge", f"after {READER}.acknowledge"],
     "redis": [f"before {STORE}.discard", f"after {STORE}.discard"],
@@ -227,6 +231,13 @@ def test_a_raw_replay_is_killed_at_a_step(server, queue, dead, step, tmp_path):
     assert Counter(line for line in dead.ran() if line) == {str(number): 1 for number in GOOD}, "none ran twice"
     (stats,) = dead.json("stats", queue)
     assert (stats["replayed"], stats["captured"]) == (MESSAGES, MESSAGES + len(BAD)), (left, stats)
+
+
+@steps(LOOK)
+def test_looking_is_killed_at_a_step(server, queue, dead, step):
+    before = [letter["id"] for letter in dead.letters(queue)]
+    tool(dead, "groups", queue, step=step)
+    wait_for(lambda: [letter["id"] for letter in dead.letters(queue)] == before, lambda: letters(dead, queue))
 
 
 @steps(DISCARD)
