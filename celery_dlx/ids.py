@@ -36,6 +36,10 @@ class IdList:
     def __iter__(self) -> Iterator[str]:
         return map(self.__getitem__, range(len(self)))
 
+    def extend(self, letter_ids: Iterable[str]) -> None:
+        for letter_id in letter_ids:
+            self.append(letter_id)
+
     def append(self, letter_id: str) -> None:
         packed = _pack(letter_id)
         if packed is None:
@@ -48,13 +52,15 @@ class IdSet(IdList):
 
     __slots__ = ("_mask", "_next", "_slots")
 
-    def __init__(self) -> None:
+    def __init__(self, letter_ids: Iterable[str] = ()) -> None:
         super().__init__()
         #: Numbers, from 1, where the hash of their ids says, or in the next place that was free; 0 is free.
         self._slots = array("I", bytes(4 * 64))
         self._mask = len(self._slots) - 1
         #: The number after the one that was found last: mostly they are asked for in their order.
         self._next = 0
+        for letter_id in letter_ids:
+            self.add(letter_id)
 
     def __contains__(self, letter_id: str) -> bool:
         return self.find(letter_id) is not None
@@ -87,10 +93,6 @@ class IdSet(IdList):
         if 3 * new > 2 * self._mask:
             self._grow()
         return new
-
-    def update(self, letter_ids: Iterable[str]) -> None:
-        for letter_id in letter_ids:
-            self.add(letter_id)
 
     def _place(self, letter_id: str, packed: bytes | None) -> int:
         """Where the number of an id stands, or would stand. Hashes are salted: nobody can have all ids meet in one place."""

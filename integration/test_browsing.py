@@ -151,6 +151,25 @@ def test_what_is_acknowledged_late_makes_no_room_out_of_turn(dead, queue, monkey
     assert [letter.id for letter in dead.letters(queue)] == ids[3:]
 
 
+@pytest.mark.parametrize("act", ["replay", "discard"])
+def test_acknowledgements_that_were_lost_are_sent_again(dead, queue, monkeypatch, caplog, act):
+    ids = fill(dead, queue, 12)
+    lost, acknowledge = [], reader.Reader._acknowledge
+
+    def lose(self, channel, tags):
+        if lost:
+            acknowledge(self, channel, tags)
+        else:
+            lost.extend(tags)
+            self._open[channel].settle(tags)
+
+    monkeypatch.setattr(reader.Reader, "_acknowledge", lose)
+    left = [getattr(each, "letter", each).id for each in getattr(dead, act)(ids[:5], queue)]
+    assert (len(lost), left) == (5, ids[:5])
+    assert f"5 acknowledgements of {queue}.dlq were lost, and are sent again" in caplog.text
+    assert [letter.id for letter in dead.letters(queue)] == ids[5:]
+
+
 def test_a_replay_that_ends_early_leaves_the_others_in_order(dead, queue):
     ids = fill(dead, queue, 300)
     for _ in range(5):

@@ -33,25 +33,22 @@ def test_a_set_numbers_ids_as_a_dict_would(added, others):
 @given(st.lists(_ids))
 def test_a_list_keeps_ids_as_they_are(added):
     found = IdList()
-    for each in added:
-        found.append(each)
+    found.extend(added)
     assert list(found) == added
 
 
 def test_a_set_grows(monkeypatch):
     grown = []
     monkeypatch.setattr(module.IdSet, "_grow", lambda self, grow=IdSet._grow: (grown.append(len(self)), grow(self)))
-    found, many = IdSet(), [f"{n:032x}" if n % 3 else f"other {n}" for n in range(3_000)]
-    found.update(many)
-    found.update(many)
+    many = [f"{n:032x}" if n % 3 else f"other {n}" for n in range(3_000)]
+    found = IdSet([*many, *many])
     assert grown == [44, 86, 172, 342, 684, 1366, 2732]
     assert [found.find(each) for each in many] == list(range(3_000))
     assert found.find("other 1") is None is found.find(f"{3:032x}")
 
 
 def test_one_of_many_takes_little():
-    found = IdSet()
-    found.update(f"{n:032x}" for n in range(50_000))
+    found = IdSet(f"{n:032x}" for n in range(50_000))
     assert (sys.getsizeof(found._packed) + sys.getsizeof(found._slots)) / 50_000 < 45
     assert not found._others
 

@@ -81,7 +81,7 @@ def _few_newest(reader: Reader, letter_of: LetterOf, page: Selection, limit: int
 
 
 def _newest(reader: Reader, letter_of: LetterOf, page: Selection, limit: int | None) -> Iterator[Taken]:
-    spool, deaths = Spool(), array("q")
+    spool, deaths = Spool(any_order=True), array("q")
     for died_at, raw in _by_death(reader, letter_of, page):
         spool.add(raw)
         deaths.append(max(min(died_at, 2**63 - 1), -(2**63)))

@@ -41,7 +41,7 @@ class Held:
         self._ids, self._causes, self._died_at = IdList(), array("I"), array("q")
         self._cause_numbers: dict[str, int] = {}
         #: The letters; and the properties they will be sent with, or nothing, if that is not plain.
-        self._spool, self._plain = Spool(others=1), Spool(others=1)
+        self._spool, self._plain = Spool(share=4), Spool(share=4)  # much else is remembered of them
         self._use_plain = False
         self._numbers: dict[Any, int] = {}
         #: By letter: the number of the channel that it was delivered on.

@@ -19,7 +19,7 @@ from amqp.exceptions import AMQPError, NotFound
 
 from celery_dlx.brokers.rabbitmq.declare import SideChannel
 from celery_dlx.brokers.rabbitmq.deliveries import Taken, deliveries_of, taken
-from celery_dlx.ids import IdSet
+from celery_dlx.ids import IdList
 
 logger = logging.getLogger("celery_dlx")
 
@@ -78,7 +78,7 @@ class Reader:
         #: By channel: how many it may hold.
         self._window: dict[Any, int] = {}
         #: Ids of letters that were.
-        self.acknowledged = IdSet()
+        self.acknowledged = IdList()
         self._settled = 0
         self.depth = 0
         self.seen = 0
@@ -201,7 +201,7 @@ class Reader:
         A quorum queue holds back what comes too fast, and forgets it when the channel closes (seen on 3.10: a tail of
         acknowledgements lost): so few commands, each answered for.
         """
-        self.acknowledged.update(letter_id for _, letter_id in letters)
+        self.acknowledged.extend(letter_id for _, letter_id in letters)
         self._settled += len(letters)
         by_channel: dict[Any, list[int]] = {}
         for raw, _ in letters:

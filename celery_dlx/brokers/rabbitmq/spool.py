@@ -27,17 +27,18 @@ _SIZES = Struct(">HIQ")
 class Spool:
     """Letters in the order they are added; closing it, or letting go of it, forgets them."""
 
-    def __init__(self, others: int = 0) -> None:
-        """``others``: so many share what may be kept in memory."""
+    def __init__(self, *, any_order: bool = False, share: int = 1) -> None:
+        """``any_order``: they may be read in another order than they came. ``share``: of what may be kept in memory, one of
+        so many parts."""
         self._file: IO[bytes] | None = None
         self._first: list[Taken] = []
-        self._room = _IN_MEMORY // (others + 1)
-        #: Where each of those beyond begins in the file, and where the next will.
-        self._places = array("Q")
-        self._end = 0
+        self._room = _IN_MEMORY // share
+        #: Of those beyond: how many, and where the next begins in the file; and where each does, if that must be known.
+        self._beyond = self._end = 0
+        self._places = array("Q") if any_order else None
 
     def __len__(self) -> int:
-        return len(self._first) + len(self._places)
+        return len(self._first) + self._beyond
 
     def add(self, raw: Taken) -> None:
         """Set a letter aside.
@@ -57,7 +58,9 @@ class Spool:
             self._file.write(b"".join((_SIZES.pack(*sizes), raw.method, raw.content, raw.body)))
         except OSError as exc:
             raise _explained(exc) from exc
-        self._places.append(self._end)
+        if self._places is not None:
+            self._places.append(self._end)
+        self._beyond += 1
         self._end += _SIZES.size + sum(sizes)
 
     def flush(self) -> None:
@@ -73,29 +76,43 @@ class Spool:
             raise _explained(exc) from exc
 
     def read(self, positions: Iterable[int] | None = None, *, keep: bool = False) -> Iterator[Taken]:
-        """The letters at these positions, all by default; the spool is closed after the last, unless ``keep``.
+        """The letters at these positions (of a spool in any order), all by default; the spool is closed after the last,
+        unless ``keep``.
 
         Raises:
             SpoolError: the file cannot be read.
         """
         try:
-            for position in range(len(self)) if positions is None else positions:
-                yield self._first[position] if position < len(self._first) else self._at(position - len(self._first))
+            yield from self._all() if positions is None else map(self._one, positions)
         except OSError as exc:
             raise _explained(exc) from exc
         finally:
             if not keep:
                 self.close()
 
-    def _at(self, number: int) -> Taken:
+    def _all(self) -> Iterator[Taken]:
+        yield from self._first
+        place = 0
+        while place < self._end:
+            raw = self._at(place)
+            place += _SIZES.size + len(raw.method) + len(raw.content) + len(raw.body)
+            yield raw
+
+    def _one(self, position: int) -> Taken:
+        if position < len(self._first):
+            return self._first[position]
+        assert self._places is not None
+        return self._at(self._places[position - len(self._first)])
+
+    def _at(self, place: int) -> Taken:
         assert self._file is not None
-        if self._file.tell() != self._places[number]:
-            self._file.seek(self._places[number])
+        if self._file.tell() != place:
+            self._file.seek(place)
         method, content, body = _SIZES.unpack(self._file.read(_SIZES.size))
         return Taken(self._file.read(method), self._file.read(content), self._file.read(body))
 
     def close(self) -> None:
-        self._first, self._places = [], array("Q")
+        self._first, self._beyond, self._end = [], 0, 0
         file, self._file = self._file, None
         if file is not None:
             with suppress(OSError):  # what is still to be written is not wanted any more

@@ -277,15 +277,14 @@ class RabbitMQBroker:
         ids, seen = reader.acknowledged, reader.seen
         while not reader.close() and ids:
             # What comes back takes its old place: it is among as many as were seen.
-            again = Reader(self._connection(), dlq, few=seen)
-            found = ((raw, letter_of(raw, queue, dlq).id) for raw in islice(again, seen))
-            left = [(raw, letter_id) for raw, letter_id in found if letter_id in ids]
-            if left:
-                logger.warning("%d acknowledgements of %s were lost, and are sent again", len(left), dlq)
-                again.acknowledge(left)
-            else:
-                ids = IdSet()  # what came meanwhile is not ours
-            reader = again
+            reader, known = Reader(self._connection(), dlq, few=seen), IdSet(ids)
+            found = ((raw, letter_of(raw, queue, dlq).id) for raw in islice(reader, seen))
+            left = [(raw, letter_id) for raw, letter_id in found if letter_id in known]
+            if not left:
+                reader.close()
+                return  # what came meanwhile is not ours
+            logger.warning("%d acknowledgements of %s were lost, and are sent again", len(left), dlq)
+            reader.acknowledge(left)
 
     def watch(self, replay: str) -> None:
         self._reports.watch(replay)
