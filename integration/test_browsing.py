@@ -170,6 +170,23 @@ def test_acknowledgements_that_were_lost_are_sent_again(dead, queue, monkeypatch
     assert [letter.id for letter in dead.letters(queue)] == ids[5:]
 
 
+def test_who_finds_a_dlq_empty_takes_nothing_that_comes_back(dead, queue):
+    """It would go back behind the others."""
+    ids = fill(dead, queue, 6)
+    with dead.app.connection_for_write() as connection, dead.app.connection_for_write() as other:
+        for asks in (False, True):
+            holding = reader.Reader(connection, f"{queue}.dlq")
+            assert len(list(holding)) == 6
+            late = reader.Reader(other, f"{queue}.dlq")
+            assert (late.depth, list(late)) == (0, [])
+            holding.close()
+            if asks:
+                assert late.more()
+                assert [raw.body for raw in late] == [b"\xff\0body %d" % number for number in range(6)]
+            late.close()
+            assert [letter.id for letter in dead.letters(queue)] == ids
+
+
 def test_a_replay_that_ends_early_leaves_the_others_in_order(dead, queue):
     ids = fill(dead, queue, 300)
     for _ in range(5):

@@ -237,7 +237,11 @@ def test_a_raw_replay_is_killed_at_a_step(server, queue, dead, step, tmp_path):
 def test_looking_is_killed_at_a_step(server, queue, dead, step):
     before = [letter["id"] for letter in dead.letters(queue)]
     tool(dead, "groups", queue, step=step)
-    wait_for(lambda: [letter["id"] for letter in dead.letters(queue)] == before, lambda: letters(dead, queue))
+    place = {letter_id: number for number, letter_id in enumerate(before)}
+    wait_for(
+        lambda: [letter["id"] for letter in dead.letters(queue)] == before,
+        lambda: [place.get(letter["id"]) for letter in dead.letters(queue)],
+    )
 
 
 @steps(DISCARD)

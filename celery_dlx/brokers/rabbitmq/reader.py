@@ -100,7 +100,10 @@ class Reader:
         except NotFound:
             self._dlq = ""
         else:
-            self._consume(channel, PER_CHANNEL if few is None else min(few, PER_CHANNEL))
+            if self.depth:
+                self._consume(channel, PER_CHANNEL if few is None else min(few, PER_CHANNEL))
+            else:  # what somebody else puts back just now would come here, and go back behind the others
+                channel.close()
 
     def _consume(self, channel: Any, most: int) -> None:
         channel.auto_decode = False  # bodies byte for byte
@@ -123,14 +126,15 @@ class Reader:
             yield raw
 
     def _next(self) -> Taken | None:
-        last = next(reversed(self._open))
-        if not self._buffer and self._open[last].open >= self._window[last]:
+        last = next(reversed(self._open), None)
+        if not self._buffer and (last is None or self._open[last].open >= self._window[last]):
             if len(self._open) >= CHANNELS:
                 self._say_full()
                 return None
-            # What is acknowledged later must not make room there: it would be filled out of turn.
-            for tag in list(last.callbacks):
-                last.basic_cancel(tag)
+            if last is not None:
+                # What is acknowledged later must not make room there: it would be filled out of turn.
+                for tag in list(last.callbacks):
+                    last.basic_cancel(tag)
             self._consume(self._connection.channel(), 1 if self._probing else PER_CHANNEL)
             self._probing = False
         deadline = monotonic() + _QUIET
