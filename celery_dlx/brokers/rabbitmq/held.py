@@ -7,8 +7,8 @@ is noted when they are read, for then they are decoded.
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Iterator
+from struct import Struct
 from typing import Any
 
 from celery_dlx.brokers.base import Chosen, Match, Run
@@ -17,9 +17,11 @@ from celery_dlx.brokers.rabbitmq.index import whole
 from celery_dlx.brokers.rabbitmq.letters import letter_of, revived_bytes
 from celery_dlx.brokers.rabbitmq.reader import Reader
 from celery_dlx.brokers.rabbitmq.spool import Spool
-from celery_dlx.ids import IdList
 from celery_dlx.lazy import unread
 from celery_dlx.letters import DeadLetter
+
+#: Numbers of a letter's channel and cause, and when it died; then comes its id.
+_KNOWN = Struct(">HIq")
 
 
 class Held:
@@ -37,38 +39,42 @@ class Held:
         #: What they were chosen by: they are nobody else's.
         self.match, self.limit = match, limit
         self._queue, self._dlq, self._replay, self._user = queue, dlq, replay, user
-        #: By letter, in their order: its id, the number of its cause, and when it died.
-        self._ids, self._causes, self._died_at = IdList(), array("I"), array("q")
-        self._cause_numbers: dict[str, int] = {}
-        #: The letters; and the properties they will be sent with, or nothing, if that is not plain.
-        self._spool, self._plain = Spool(share=4), Spool(share=4)  # much else is remembered of them
+        #: The letters; and, as properties and body, the properties that each will be sent with, or nothing, if that is not
+        #: plain, and what is remembered of it.
+        self._spool, self._plain = Spool(share=4), Spool(share=4)  # much else is remembered of them elsewhere
         self._use_plain = False
-        self._numbers: dict[Any, int] = {}
-        #: By letter: the number of the channel that it was delivered on.
-        self._channels = array("H")
-        causes = self._cause_numbers
+        #: Their numbers.
+        self._channels: dict[Any, int] = {}
+        self._causes: dict[str, int] = {}
         for raw in reader:
             letter = letter_of(raw, queue, dlq)
             if match(letter):
                 self._spool.add(raw)
                 same = revived_bytes(raw, letter, user, replay) if letter.queue == queue else None
-                self._plain.add(Taken(b"", b"" if same is None else same[0], b""))
-                self._channels.append(self._numbers.setdefault(raw.channel, len(self._numbers)))
-                self._ids.append(letter.id)
-                self._causes.append(causes.setdefault(letter.fingerprint, len(causes)))
-                self._died_at.append(whole(letter.died_at))
-                if len(self._ids) == limit:
+                self._plain.add(Taken(b"", b"" if same is None else same[0], self._known(raw, letter)))
+                if len(self._plain) == limit:
                     break
         self._spool.flush()
         self._plain.flush()
         # What is acknowledged makes room, in which what dies again meanwhile would be delivered to us.
         reader.stop()
 
+    def _known(self, raw: Taken, letter: DeadLetter) -> bytes:
+        channel = self._channels.setdefault(raw.channel, len(self._channels))
+        cause = self._causes.setdefault(letter.fingerprint, len(self._causes))
+        return _KNOWN.pack(channel, cause, whole(letter.died_at)) + letter.id.encode("utf-8", "surrogatepass")
+
+    def _read(self, keep: bool) -> Iterator[tuple[Any, Chosen, bytes]]:
+        """Channels, what is remembered, and the properties that they will be sent with."""
+        channels, causes = list(self._channels), list(self._causes)
+        for plain in self._plain.read(keep=keep):
+            channel, cause, died_at = _KNOWN.unpack_from(plain.body)
+            letter_id = plain.body[_KNOWN.size :].decode("utf-8", "surrogatepass")
+            yield channels[channel], Chosen(letter_id, causes[cause], died_at), plain.content
+
     def chosen(self) -> Iterator[Chosen]:
         """What is to be remembered of them, in their order."""
-        causes = list(self._cause_numbers)
-        each = zip(self._ids, self._causes, self._died_at, strict=True)
-        return (Chosen(letter_id, causes[number], died_at) for letter_id, number, died_at in each)
+        return (chosen for _, chosen, _ in self._read(keep=True))
 
     def letters(self) -> Iterator[DeadLetter]:
         """What is held, with messages."""
@@ -79,14 +85,12 @@ class Held:
         self._use_plain = run.edit is None and run.replay == self._replay and user == self._user
 
     def __iter__(self) -> Iterator[tuple[Taken, DeadLetter, bytes | None]]:
-        channels = list(self._numbers)
-        each = zip(self.chosen(), self._channels, self._spool.read(), self._plain.read(), strict=True)
-        for chosen, number, raw, plain in each:
-            raw.channel = channels[number]
-            if self._use_plain and plain.content:
+        for raw, (channel, chosen, content) in zip(self._spool.read(), self._read(keep=False), strict=True):
+            raw.channel = channel
+            if self._use_plain and content:
                 known = {"id": chosen.id, "fingerprint": chosen.fingerprint, "died_at": chosen.died_at, "queue": self._queue}
                 source = _Late(raw, self._queue, self._dlq)
-                yield raw, unread(DeadLetter, source, {**known, "dlq": self._dlq, "edited": None}), plain.content
+                yield raw, unread(DeadLetter, source, {**known, "dlq": self._dlq, "edited": None}), content
             else:
                 yield raw, letter_of(raw, self._queue, self._dlq), None
 
