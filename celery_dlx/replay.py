@@ -133,6 +133,7 @@ class Engine:
             self._await_canaries()
         if self._stop is None:
             yield from self._send(lambda queue: self._entries.numbers(("selected", "gone"), queue))
+            self._tidy()  # again: RabbitMQ may have noticed only now that whoever held them was killed
         self.broker.release()
         self._await_rest()
 

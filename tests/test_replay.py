@@ -297,6 +297,27 @@ def test_a_letter_that_was_executed_and_lies_there_still_is_taken_out():
     assert (broker.dlq, done.summary()["succeeded"], done.summary()["left"]) == ([], 1, 0)
 
 
+def test_a_letter_that_was_executed_is_taken_out_once_it_is_seen():
+    """RabbitMQ gives it back only when it has noticed that whoever held it was killed."""
+    journal = Journal(Record("a1"))
+    journal.write("start", started=1, selection="all", by="me", broker="redis://", options={"wait": 0})
+    executed, later = letters(2)
+    journal.write("select", letters=[[each.id, "q", "f"] for each in (executed, later)])
+    journal.write("selected")
+    journal.write("sending", letters=[executed.id])
+    journal.write("state", state="succeeded", letters=[executed.id])
+    journal.close()
+
+    class Held(Lists):
+        def replay(self, *args):
+            yield from super().replay(*args)
+            self.dlq.append(executed)
+
+    broker = Held([later], None)
+    done = again(broker, "a1")
+    assert (broker.dlq, broker.queue, done.summary()["left"]) == ([], [later.id], 0)
+
+
 @pytest.mark.parametrize(
     "header", [None, 7, {"replay": "𝐀" * 12}, {"replay": "a" * 4000}, {"replay": ["x"]}, {"replay": "ABC"}]
 )
