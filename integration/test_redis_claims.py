@@ -42,11 +42,15 @@ def test_a_warm_shutdown_puts_back_what_did_not_start(redis_server, queue, clien
     sender = Sender(redis_server.url)
     for _ in range(8):
         sender.task(queue, "matrix_app.sleeps", [1.5])
-    # What a child has begun and Celery's parent has not heard of is put back, too (AsynPool.flush).
-    wait_for(
-        lambda: (begun := len(worker.ran())) and client.llen(queue) + len(unacknowledged(client, queue)) == 8 - begun,
-        "the first task runs, and is acknowledged",
-    )
+
+    def begun():
+        started = len(worker.ran())
+        # What a child has begun and Celery's parent has not heard of is put back, too (AsynPool.flush). Where tasks keep the
+        # loop from turning, acknowledgements are always one task behind, and sent when it ends.
+        heard = pool != "prefork" or client.llen(queue) + len(unacknowledged(client, queue)) == 8 - started
+        return started and heard
+
+    wait_for(begun, "the first task runs, and in a child is acknowledged")
     worker.process.send_signal(signal.SIGTERM)
     assert worker.wait_exit() == 0, worker.output[-5000:]
     done = len(worker.ran())
