@@ -8,14 +8,19 @@ from typing import NamedTuple, overload
 
 from celery_dlx.ids import IdSet
 
-#: ``gone``: it was no letter any more when its turn came.
-_STATES = ("selected", "gone", "replayed", "succeeded", "failed")
+#: ``gone``: it was no letter any more when its turn came; ``unseen``: nor when it was looked for, but an earlier run may
+#: have sent it, or the broker may not have given back what that run held.
+_STATES = ("selected", "gone", "replayed", "succeeded", "failed", "unseen")
 _NUMBERS = {state: number for number, state in enumerate(_STATES)}
-_SELECTED, _GONE, _REPLAYED, _SUCCEEDED, _FAILED = range(5)
+_SELECTED, _GONE, _REPLAYED, _SUCCEEDED, _FAILED, _UNSEEN = range(6)
+#: States of letters that were not replayed, as far as is known.
+LEFT = ("selected", "gone", "unseen")
 #: A letter's facts are one byte: its state, and these flags.
 _STATE, _SENDING, _SETTLED, _DIFFERENTLY = 0x07, 0x08, 0x10, 0x20
-#: Facts, if nothing is under way: what did not leave is not being sent.
-_AT_REST = bytes(facts if facts & _SETTLED else facts & ~_SENDING for facts in range(256))
+#: Facts, if nothing is under way: what did not leave is not being sent. But what was executed and not seen to leave
+#: may come back, as may what was not seen.
+_KEPT = (_SUCCEEDED, _FAILED, _UNSEEN)
+_AT_REST = bytes(facts if facts & _SETTLED or facts & _STATE in _KEPT else facts & ~_SENDING for facts in range(256))
 
 
 class Entry(NamedTuple):
@@ -151,7 +156,7 @@ class Entries:
             if new == _REPLAYED:
                 facts |= _SETTLED
             # Workers may be faster than we are: a letter that has come to its end is not merely replayed.
-            if new not in (_REPLAYED, _GONE) or facts & _STATE not in (_SUCCEEDED, _FAILED):
+            if new not in (_REPLAYED, _GONE, _UNSEEN) or facts & _STATE not in (_SUCCEEDED, _FAILED):
                 counts[facts & _STATE] -= 1
                 counts[new] += 1
                 facts = facts & ~(_STATE | _DIFFERENTLY) | new | (_DIFFERENTLY if letter_id in others else 0)

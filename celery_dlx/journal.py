@@ -16,7 +16,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from celery_dlx.entries import Entries
+from celery_dlx.entries import LEFT, Entries
 from celery_dlx.errors import JournalError, UsageError
 from celery_dlx.letters import iso_time
 
@@ -58,7 +58,7 @@ class Record:
         """The object that `dlx replay --json` ends with."""
         count = self.entries.count
         # What was not found any more was not replayed either: somebody holds it, or somebody else took it.
-        left = count("selected") + count("gone")
+        left = sum(map(count, LEFT))
         return {
             "replay": self.replay,
             "selected": len(self.entries),

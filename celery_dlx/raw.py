@@ -10,7 +10,7 @@ from celery_dlx.errors import UsageError
 from celery_dlx.journal import Journal
 
 if TYPE_CHECKING:
-    from celery_dlx.replay import Options
+    from celery_dlx.engine import Options
 
 #: What a raw replay means, in words for people.
 MEANING = (

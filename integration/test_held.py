@@ -185,6 +185,62 @@ def test_a_paced_replay_and_one_that_waits_for_canaries_hold_nothing(apps, queue
     assert looked == [ids[2:]]
 
 
+def resumed(dead: DeadLetters, replay: str) -> tuple[list[str], dict]:
+    engine, locks = dead.resume_replay(replay, wait=0)
+    try:
+        return [each.letter.id for each in engine.run()], engine.record.summary()
+    finally:
+        locks.release()
+        engine.journal.close()
+
+
+@pytest.fixture
+def killed(apps, queue):
+    """A replay that was killed when all were about to leave, and three were executed; its connection holds all still."""
+    ids = fill(apps[0], queue, 12)
+    engine, locks = apps[0].start_replay(queue=queue, options=Options(wait=0))
+    engine.journal.write("sending", letters=ids)
+    engine.journal.write("state", state="succeeded", letters=ids[:3])
+    engine.journal.close()
+    locks.release()
+    apps[0].broker.release()
+    connection = apps[1].app.connection_for_write()
+    held: list[object] = []
+    connection.default_channel.basic_consume(f"{queue}.dlq", callback=held.append)
+    wait_for(lambda: connection.drain_events(timeout=5) or len(held) == 12, "all are held")
+    yield engine.record.replay, ids, connection
+    connection.close()
+
+
+def test_a_dead_connection_is_waited_for(apps, queue, killed, monkeypatch):
+    replay, ids, connection = killed
+    looks = []
+
+    def look(queue: str) -> bool:
+        looks.append(held_by_others(queue))
+        connection.close()
+        return looks[-1]
+
+    held_by_others = apps[0].broker.held_by_others
+    monkeypatch.setattr(apps[0].broker, "held_by_others", look)
+    left, summary = resumed(apps[0], replay)
+    assert looks[:2] == [True, False], "it waited"
+    assert (left, summary["succeeded"], summary["left"]) == (ids[3:], 3, 0)
+    assert seen(apps[1], queue) == []
+
+
+def test_what_a_dead_connection_gives_back_after_the_next_run_is_found_by_the_one_after(apps, queue, killed, monkeypatch):
+    monkeypatch.setattr("celery_dlx.engine._GIVEN_BACK", 0.0)
+    replay, ids, connection = killed
+    left, summary = resumed(apps[0], replay)
+    assert (left, summary["succeeded"], summary["left"], summary["stopped"]) == ([], 3, 9, None)
+    connection.close()
+    assert seen(apps[1], queue) == ids
+    left, summary = resumed(apps[0], replay)
+    assert (left, summary["succeeded"], summary["left"]) == (ids[3:], 3, 0)
+    assert seen(apps[1], queue) == []
+
+
 def test_a_connection_that_broke_meanwhile(apps, queue, readings):
     dead, other = apps
     ids = fill(dead, queue, 30)

@@ -27,6 +27,8 @@ class Lists:
         #: What is found when letters are chosen, if that is not what is there later.
         self.found = None
         self.released = 0
+        #: Whether somebody who was killed holds letters still.
+        self.held = False
 
     def select(self, queue, match):
         return None
@@ -43,6 +45,9 @@ class Lists:
             for letter in list(self.dlq if self.found is None else self.found)
             if letter.queue == queue and match(letter)
         )
+
+    def held_by_others(self, queue):
+        return self.held
 
     def watch(self, replay):
         pass
@@ -297,25 +302,61 @@ def test_a_letter_that_was_executed_and_lies_there_still_is_taken_out():
     assert (broker.dlq, done.summary()["succeeded"], done.summary()["left"]) == ([], 1, 0)
 
 
-def test_a_letter_that_was_executed_is_taken_out_once_it_is_seen():
-    """RabbitMQ gives it back only when it has noticed that whoever held it was killed."""
+def killed_while_sending(*executed_and_not):
+    """A replay that said of two letters that they are leaving, and no more; the first was executed."""
     journal = Journal(Record("a1"))
     journal.write("start", started=1, selection="all", by="me", broker="redis://", options={"wait": 0})
-    executed, later = letters(2)
-    journal.write("select", letters=[[each.id, "q", "f"] for each in (executed, later)])
+    journal.write("select", letters=[[each.id, "q", "f"] for each in executed_and_not])
     journal.write("selected")
-    journal.write("sending", letters=[executed.id])
-    journal.write("state", state="succeeded", letters=[executed.id])
+    journal.write("sending", letters=[each.id for each in executed_and_not])
+    journal.write("state", state="succeeded", letters=[executed_and_not[0].id])
     journal.close()
 
-    class Held(Lists):
-        def replay(self, *args):
-            yield from super().replay(*args)
-            self.dlq.append(executed)
 
-    broker = Held([later], None)
+def test_the_broker_may_notice_late_that_the_last_run_was_killed():
+    executed, other = letters(2)
+    killed_while_sending(executed, other)
+
+    class Late(Lists):
+        looks = 0
+
+        def held_by_others(self, queue):
+            self.looks += 1
+            if self.looks == 3:
+                self.dlq = [executed, other]
+            return self.looks < 3
+
+    broker = Late([], None)
     done = again(broker, "a1")
-    assert (broker.dlq, broker.queue, done.summary()["left"]) == ([], [later.id], 0)
+    assert (broker.dlq, broker.queue, done.summary()["left"]) == ([], [other.id], 0)
+
+
+def test_what_the_broker_gives_back_after_the_next_run_is_found_by_the_one_after(monkeypatch):
+    monkeypatch.setattr("celery_dlx.engine._GIVEN_BACK", 0.0)
+    executed, other = letters(2)
+    killed_while_sending(executed, other)
+    broker = Lists([], None)
+    broker.held = True
+    for _ in range(2):
+        done = again(broker, "a1")
+        assert (done.stopped, done.summary()["succeeded"], done.summary()["left"]) == (None, 1, 1)
+        assert done.entries[other.id].outcome == "left"
+    broker.held, broker.dlq = False, [executed, other]
+    done = again(broker, "a1")
+    assert (broker.dlq, broker.queue, done.summary()["left"]) == ([], [other.id], 0)
+
+
+def test_what_nobody_holds_any_more_left_with_the_run_that_was_killed(monkeypatch):
+    monkeypatch.setattr("celery_dlx.engine._GIVEN_BACK", 0.0)
+    executed, other = letters(2)
+    killed_while_sending(executed, other)
+    broker = Lists([], None)
+    broker.held = True
+    assert again(broker, "a1").summary()["left"] == 1
+    broker.held = False
+    done = again(broker, "a1")
+    assert (done.summary()["waiting"], done.summary()["left"]) == (1, 0)
+    assert not done.entries.under_way(), "nobody looks for them for ever"
 
 
 @pytest.mark.parametrize(

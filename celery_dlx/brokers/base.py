@@ -227,6 +227,9 @@ class Broker(Protocol):
     def release(self) -> None:
         """Put back what is held."""
 
+    def held_by_others(self, queue: str) -> bool:
+        """Whether somebody else, be it somebody who was killed just now, may hold letters of a DLQ and give them back."""
+
     def replay(self, queue: str, match: Match, limit: int | None = None, run: Run | None = None) -> Iterator[Replayed]:
         """Move matching letters back to their source queue, each at-least-once."""
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from time import monotonic, sleep
 from typing import Any
 
 from amqp.exceptions import AMQPError, NotFound
@@ -21,27 +22,26 @@ from celery_dlx.brokers.rabbitmq import index, indexing
 from celery_dlx.brokers.rabbitmq.browse import letters_in, set_aside
 from celery_dlx.brokers.rabbitmq.declare import Declarer, SideChannel
 from celery_dlx.brokers.rabbitmq.held import Held
-from celery_dlx.brokers.rabbitmq.inspect import arguments_over_amqp, by_management
 from celery_dlx.brokers.rabbitmq.letters import exported, imported, letter_of
-from celery_dlx.brokers.rabbitmq.management import management_of
 from celery_dlx.brokers.rabbitmq.moving import HELD_BYTES, WINDOW, InFlight, Reading, confirmed, move
 from celery_dlx.brokers.rabbitmq.pipeline import STORED, ConfirmPipeline
 from celery_dlx.brokers.rabbitmq.reader import CHANNELS, PER_CHANNEL, Reader
 from celery_dlx.brokers.rabbitmq.reports import Reports
+from celery_dlx.brokers.rabbitmq.safety import check_safe
 from celery_dlx.brokers.rabbitmq.unreachable import connected
-from celery_dlx.errors import ReplayError, SpoolError, UnsafeQueueError, UsageError
+from celery_dlx.errors import ReplayError, SpoolError, UsageError
 from celery_dlx.groups import Group
 from celery_dlx.ids import IdSet
 from celery_dlx.letters import DeadLetter, iso_time
 from celery_dlx.policy.settings import BUILT_IN, Policy
 from celery_dlx.selection import Selection
-from celery_dlx.topology.arguments import dlq_arguments, version_tuple
-from celery_dlx.topology.plan import finite_delivery_limit
 
 logger = logging.getLogger("celery_dlx")
 
 #: Queues whose letters are held at most: each takes channels of the connection.
 _MOST_HELD = 10
+#: A channel of our own that was closed just now may be counted for a moment, in seconds.
+_OURS = 0.5
 
 
 class RabbitMQBroker:
@@ -168,31 +168,9 @@ class RabbitMQBroker:
         """
         connection = connection or self._connection()
         if not self.insist and dlq not in self._safe:
-            self._check_safe(connection, queue, dlq)
+            check_safe(connection, self._policy, queue, self._management_url)
             self._safe.add(dlq)
         return Reader(connection, dlq, few, ahead=ahead)
-
-    def _check_safe(self, connection: Any, queue: str, dlq: str) -> None:
-        version = version_tuple(connection.connection.server_properties.get("version"))
-        guess = dlq_arguments(self._policy.settings(queue) or BUILT_IN, version)
-        with SideChannel(connection.connection) as side:
-            found = arguments_over_amqp(side, dlq, guess)
-        if found is None:
-            return
-        if self._management_url:  # a policy may have lifted the limit: AMQP cannot tell
-            with closing(management_of(connection, self._management_url)) as management:
-                live = by_management(management, self._policy.exchange)
-            if dlq in live.queues:
-                found = live.queues[dlq]
-        unknown = found.type == "unknown" and version >= (4,) and not self._management_url
-        if not unknown and not finite_delivery_limit(found, version):
-            return
-        limit = found.setting("delivery-limit")
-        raise UnsafeQueueError(
-            f"{dlq!r} has a delivery limit of {'20, the default' if limit is None else limit}: letters that are looked at "
-            "more often than that are deleted by the broker. Run `celery -A APP dlx topology apply` with a management API "
-            "configured, or insist with --force"
-        )
 
     def groups(self, queue: str, match: Match, looking: Looking | None = None) -> list[Group] | None:
         """A queue counts nothing but its length."""
@@ -239,6 +217,16 @@ class RabbitMQBroker:
             held.forget()
             with suppress(AMQPError, OSError):  # whose connection is broken puts everything back anyhow
                 held.reader.close()
+
+    def held_by_others(self, queue: str) -> bool:
+        """A quorum queue counts a consumer until all it held is settled or given back, also if its channel is cancelled."""
+        deadline = monotonic() + _OURS
+        with SideChannel(self._connection().connection) as side:
+            while (live := side.live_queue(self._policy.dlq(queue))) is not None and live.consumer_count:
+                if monotonic() > deadline:
+                    return True
+                sleep(0.01)
+        return False
 
     def replay_raw(self, queue: str, letters: Iterator[Chosen], run: Run) -> Iterator[Replayed]:
         raise UsageError(self.raw_refusal)

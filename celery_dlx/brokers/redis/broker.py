@@ -116,6 +116,10 @@ class RedisBroker:
     def release(self) -> None:
         """Nothing is held."""
 
+    def held_by_others(self, queue: str) -> bool:
+        """Nor by anybody else: what is moved is moved at once."""
+        return False
+
     def _candidates(self, queue: str, match: Match | None, bodies: bool, last: float) -> Iterator[Found]:
         selected = match if isinstance(match, Selection) else Selection(lambda letter: True)
         if selected.ids is None:
