@@ -18,8 +18,9 @@ MEANING = (
     "stay: a message whose retries are spent dies at its first failure, one that has expired at once. The replay is not "
     "counted: the next death looks like the first one, and has its id"
 )
-#: Letters that the journal says are being sent before the first of them leaves, and that left in one of its lines.
-AHEAD = 5_000
+#: Letters that the journal says are being sent before the first of them leaves, and that left in one of its lines. So many
+#: are written down before Redis is through with what was sent to it.
+AHEAD = 2_000
 
 
 def check(options: Options, broker: Broker) -> None:
@@ -65,10 +66,9 @@ class RawSending:
 
     def _leaving(self) -> Iterator[Chosen]:
         for start in range(0, len(self._numbers), AHEAD):
-            numbers = self._numbers[start : start + AHEAD]
-            some = list(map(Chosen._make, self._journal.record.entries.remembered(numbers)))
-            self._journal.write("sending", letters=[each.id for each in some])
-            for each in some:
+            numbers, entries = self._numbers[start : start + AHEAD], self._journal.record.entries
+            self._journal.write("sending", letters=entries.some_ids(numbers)[:])
+            for each in map(Chosen._make, entries.remembered(numbers)):
                 if self._may_go is not None and not self._may_go():
                     return
                 yield each
