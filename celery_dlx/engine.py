@@ -83,6 +83,8 @@ class Engine:
     _heard: float = field(default_factory=time.monotonic)
     #: By the numbers of letters: what this run knows of them, see `_SENT`.
     _marks: bytearray = field(default_factory=bytearray)
+    #: Queues whose letters somebody else held when this run began.
+    _doubtful: set[str] = field(default_factory=set)
     #: What its letters were chosen by, in this run.
     _chosen_by: Match | None = None
 
@@ -142,8 +144,15 @@ class Engine:
         """Have the broker notice that whoever held our letters was killed: until then they are not seen in their DLQs."""
         killed = {self._entries.at(number).queue for number in self._entries.under_way()}
         deadline = time.monotonic() + _GIVEN_BACK
-        while any(map(self.broker.held_by_others, killed)) and time.monotonic() < deadline and not self._over():
+        while held := {queue for queue in killed if self.broker.held_by_others(queue)}:
+            if time.monotonic() >= deadline or self._over():
+                break
             time.sleep(_LOOK_EVERY)
+        self._doubtful = held
+
+    def _may_come_back(self, queue: str) -> bool:
+        """Whether letters that were looked for and not seen may be in their DLQ soon; asked after they were looked for."""
+        return queue in self._doubtful or self.broker.held_by_others(queue)
 
     def _tidy(self) -> None:
         """Letters that were executed, and still lie in their DLQ because we were killed before we could take them out."""
@@ -154,7 +163,7 @@ class Engine:
         for queue, ids in over.items():
             found = {letter.id for letter in self.broker.discard(queue, match(ids=ids), len(ids))}
             # The others are gone; or held, and looked for once more, by the next resumption if need be.
-            done = list(found if self.broker.held_by_others(queue) else ids)
+            done = list(found if self._may_come_back(queue) else ids)
             for start in range(0, len(done), BATCH):
                 self.journal.write("state", state="replayed", letters=done[start : start + BATCH])
 
@@ -268,7 +277,7 @@ class Engine:
         else replayed, discarded or holds them. The latter are looked for again when the replay is resumed.
         """
         sent = [number for number in numbers if self._marks[number] & _BEFORE]
-        unseen = bool(sent) and self.broker.held_by_others(queue)  # perhaps for a run that is dead, as nobody noticed yet
+        unseen = bool(sent) and self._may_come_back(queue)  # perhaps from a run that is dead, which nobody noticed yet
         others = (number for number in numbers if not self._marks[number] & _BEFORE)
         for state, those in (("unseen" if unseen else "replayed", iter(sent)), ("gone", others)):
             while ids := [self._entries.ids[number] for number in islice(those, BATCH)]:

@@ -346,6 +346,29 @@ def test_what_the_broker_gives_back_after_the_next_run_is_found_by_the_one_after
     assert (broker.dlq, broker.queue, done.summary()["left"]) == ([], [other.id], 0)
 
 
+def test_what_is_given_back_just_after_it_was_looked_for(monkeypatch):
+    monkeypatch.setattr("celery_dlx.engine._GIVEN_BACK", 0.0)
+    executed, other = letters(2)
+    killed_while_sending(executed, other)
+
+    class Late(Lists):
+        looks = 0
+
+        def held_by_others(self, queue):
+            self.looks += 1
+            return self.looks == 1
+
+        def replay(self, *args):
+            yield from super().replay(*args)
+            if self.looks == 1:
+                self.found = [executed, other]
+
+    broker = Late([], None)
+    assert again(broker, "a1").summary()["left"] == 1
+    broker.dlq = broker.found
+    assert (again(broker, "a1").summary()["left"], broker.dlq, broker.queue) == (0, [], [other.id])
+
+
 def test_what_nobody_holds_any_more_left_with_the_run_that_was_killed(monkeypatch):
     monkeypatch.setattr("celery_dlx.engine._GIVEN_BACK", 0.0)
     executed, other = letters(2)
