@@ -70,9 +70,13 @@ oldest: $(OLDEST)/.dev
 
 test: unit integration oldest
 
+# One after the other: both folders have a test_replay.py.
+COVERED = COVERAGE_PROCESS_START=$(CURDIR)/pyproject.toml $(BIN)/python -m pytest --cov --cov-branch
+
 coverage: $(VENV)/.dev
 	$(BIN)/coverage erase
-	COVERAGE_PROCESS_START=$(CURDIR)/pyproject.toml $(BIN)/python -m pytest tests integration --cov --cov-branch --cov-report=term
+	$(COVERED) tests --cov-report=
+	$(COVERED) integration $(SIDE_BY_SIDE) --cov-append --cov-report=
 	$(BIN)/coverage report
 
 # Hours: storms with seeds of their own; SOAK="--rounds 2 --only redis" for less.
