@@ -123,6 +123,16 @@ def test_large_messages_go_a_few_at_a_time(redis_server, client):
         assert by_list(client, queue) == expected(dead, queue, list(items.values()))
 
 
+def test_a_lot_that_ends_early_is_not_overtaken_by_those_sent_after_it(redis_server, client):
+    items = {str(number): json.dumps(envelope(body="A" * 60_000)).encode() for number in range(400)}
+    with stored(redis_server.url, items) as (dead, queue, _, ids):
+        client.config_resetstat()
+        moved, _, _ = run(dead, queue)
+        assert [each.letter.id for each in moved] == list(ids.values())
+        assert client.info("commandstats")["cmdstat_lpush"]["calls"] > 5, "two megabytes are fewer than a lot"
+        assert by_list(client, queue) == expected(dead, queue, list(items.values()))
+
+
 def test_many_go_in_few_scripts(redis_server, client):
     items = {str(number): ITEMS["usual"] for number in range(1_000)}
     with stored(redis_server.url, items) as (dead, queue, _, _ids):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from list_broker import Lists, again, letters
 
 from celery_dlx.journal import Journal, Record
@@ -26,9 +27,21 @@ def test_a_letter_that_was_executed_and_lies_there_still_is_taken_out():
     assert (broker.dlq, done.summary()["succeeded"], done.summary()["left"]) == ([], 1, 0)
 
 
-def test_the_broker_may_notice_late_that_the_last_run_was_killed():
-    executed, other = letters(2)
-    killed_while_sending(executed, other)
+@pytest.fixture
+def killed():
+    """One that was executed, one that was not."""
+    both = letters(2)
+    killed_while_sending(*both)
+    return both
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr("celery_dlx.engine._GIVEN_BACK", 0.0)
+
+
+def test_the_broker_may_notice_late_that_the_last_run_was_killed(killed):
+    executed, other = killed
 
     class Late(Lists):
         looks = 0
@@ -44,10 +57,8 @@ def test_the_broker_may_notice_late_that_the_last_run_was_killed():
     assert (broker.dlq, broker.queue, done.summary()["left"]) == ([], [other.id], 0)
 
 
-def test_what_the_broker_gives_back_after_the_next_run_is_found_by_the_one_after(monkeypatch):
-    monkeypatch.setattr("celery_dlx.engine._GIVEN_BACK", 0.0)
-    executed, other = letters(2)
-    killed_while_sending(executed, other)
+def test_what_the_broker_gives_back_after_the_next_run_is_found_by_the_one_after(killed, impatient):
+    executed, other = killed
     broker = Lists([], None)
     broker.held = True
     for _ in range(2):
@@ -59,10 +70,8 @@ def test_what_the_broker_gives_back_after_the_next_run_is_found_by_the_one_after
     assert (broker.dlq, broker.queue, done.summary()["left"]) == ([], [other.id], 0)
 
 
-def test_what_is_given_back_just_after_it_was_looked_for(monkeypatch):
-    monkeypatch.setattr("celery_dlx.engine._GIVEN_BACK", 0.0)
-    executed, other = letters(2)
-    killed_while_sending(executed, other)
+def test_what_is_given_back_just_after_it_was_looked_for(killed, impatient):
+    executed, other = killed
 
     class Late(Lists):
         looks = 0
@@ -71,21 +80,13 @@ def test_what_is_given_back_just_after_it_was_looked_for(monkeypatch):
             self.looks += 1
             return self.looks == 1
 
-        def replay(self, *args):
-            yield from super().replay(*args)
-            if self.looks == 1:
-                self.found = [executed, other]
-
     broker = Late([], None)
     assert again(broker, "a1").summary()["left"] == 1
-    broker.dlq = broker.found
+    broker.dlq = [executed, other]
     assert (again(broker, "a1").summary()["left"], broker.dlq, broker.queue) == (0, [], [other.id])
 
 
-def test_what_nobody_holds_any_more_left_with_the_run_that_was_killed(monkeypatch):
-    monkeypatch.setattr("celery_dlx.engine._GIVEN_BACK", 0.0)
-    executed, other = letters(2)
-    killed_while_sending(executed, other)
+def test_what_nobody_holds_any_more_left_with_the_run_that_was_killed(killed, impatient):
     broker = Lists([], None)
     broker.held = True
     assert again(broker, "a1").summary()["left"] == 1
