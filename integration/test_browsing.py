@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 import pytest
 from celery import Celery
 from servers import wait_for
@@ -119,20 +121,65 @@ def test_looking_does_not_change_their_order(dead, queue, monkeypatch):
     assert seen() == [*ids[3:7], *ids[8:]]
 
 
-def test_the_next_window_is_begun_while_one_is_looked_at(dead, queue, monkeypatch):
+BODIES = [b"\xff\0body %d" % number for number in range(70)]
+
+
+@pytest.mark.parametrize("whole,small,begun", [(False, True, 2), (True, False, 2), (True, True, 3)])
+def test_the_next_windows_are_begun_while_one_is_looked_at(dead, queue, monkeypatch, whole, small, begun):
     monkeypatch.setattr(reader, "PER_CHANNEL", 20)
+    if not small:
+        monkeypatch.setattr(reader, "_SMALL", 0)
     ids = fill(dead, queue, 70)
     with dead.app.connection_for_read() as connection:
-        found = reader.Reader(connection, f"{queue}.dlq", ahead=True)
-        letters = iter(found)
-        seen = [next(letters)]
-        wait_for(lambda: found._drain(0) or len(found._buffer) >= 19, lambda: len(found._buffer))
-        seen.append(next(letters))
-        assert len(found._open) >= 2, "as soon as all of the first is here; the third as soon as all of the second is"
-        seen += letters
-        assert [raw.body for raw in seen] == [b"\xff\0body %d" % number for number in range(70)]
-        found.close()
+        for _ in ("letters nobody looked at", "letters that were put back"):
+            found = reader.Reader(connection, f"{queue}.dlq", ahead=True, whole=whole)
+            first = next(reversed(found._windows.values()))
+            letters = iter(found)
+            seen = [next(letters)]
+            wait_for(
+                lambda of=first, all_of=found: all_of._drain(0) or len(of.arrived) == 19, lambda of=first: len(of.arrived)
+            )
+            seen.append(next(letters))
+            assert begun <= len(found._windows) <= begun + 1, "one more if all of the second is here, too"
+            seen += letters
+            assert [raw.body for raw in seen] == BODIES
+            found.close()
     assert [letter.id for letter in dead.letters(queue)] == ids
+
+
+def test_windows_that_were_asked_for_and_not_looked_at_go_back_in_order(dead, queue, monkeypatch):
+    monkeypatch.setattr(reader, "PER_CHANNEL", 10)
+    ids = fill(dead, queue, 70)
+    with dead.app.connection_for_read() as connection:
+        for wanted in (1, 3, 12, 25, 70, 1):
+            found = reader.Reader(connection, f"{queue}.dlq", ahead=True, whole=True)
+            letters = iter(found)
+            assert [next(letters).body for _ in range(wanted)] == BODIES[:wanted]
+            assert len(found._windows) > 1
+            found.close()
+            assert found.seen <= 70
+    assert [letter.id for letter in dead.letters(queue)] == ids
+
+
+def test_what_somebody_else_took_is_not_asked_for(dead, queue, monkeypatch):
+    """Two windows with room would get what comes by turns."""
+    monkeypatch.setattr(reader, "PER_CHANNEL", 10)
+    monkeypatch.setattr(reader, "_QUIET", 0.5)
+    ids = fill(dead, queue, 40)
+    with dead.app.connection_for_read() as connection, dead.app.connection_for_read() as other:
+        found = reader.Reader(connection, f"{queue}.dlq", ahead=True, whole=True)
+        with monkeypatch.context() as larger:
+            larger.setattr(reader, "PER_CHANNEL", 25)
+            holding = reader.Reader(other, f"{queue}.dlq")
+        assert [raw.body for raw in found] == [*BODIES[:10], *BODIES[35:40]]
+        assert (found.missed, len(found._windows)) == (25, 2)
+        assert [raw.body for raw in islice(holding, 25)] == BODIES[10:35]
+        holding.close()
+        wait_for(lambda: found._drain(0) or len(found._unread[0].arrived) == 15, lambda: found._unread[0].arrived)
+        assert [raw.body for raw in found._unread[0].arrived] == BODIES[10:25], "in their order"
+        found.close()
+    wait_for(lambda: dead.stats(queue)[0].letters == 40, "all are back")
+    assert sorted(letter.id for letter in dead.letters(queue)) == sorted(ids)
 
 
 def test_what_is_acknowledged_late_makes_no_room_out_of_turn(dead, queue, monkeypatch):
@@ -143,7 +190,7 @@ def test_what_is_acknowledged_late_makes_no_room_out_of_turn(dead, queue, monkey
         found = reader.Reader(connection, f"{queue}.dlq")
         letters = iter(found)
         seen = [next(letters) for _ in range(7)]
-        assert len(found._open) == 2
+        assert len(found._windows) == 2
         found.acknowledge([(raw, letter_id) for raw, letter_id in zip(seen[:3], ids, strict=False)])
         seen += letters
         assert [raw.body for raw in seen] == [b"\xff\0body %d" % number for number in range(14)]
@@ -161,7 +208,7 @@ def test_acknowledgements_that_were_lost_are_sent_again(dead, queue, monkeypatch
             acknowledge(self, channel, tags)
         else:
             lost.extend(tags)
-            self._open[channel].settle(tags)
+            self._windows[channel].settle(tags)
 
     monkeypatch.setattr(reader.Reader, "_acknowledge", lose)
     left = [getattr(each, "letter", each).id for each in getattr(dead, act)(ids[:5], queue)]

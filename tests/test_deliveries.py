@@ -24,7 +24,6 @@ from celery_dlx.brokers.rabbitmq.decoding import decode_properties
 from celery_dlx.brokers.rabbitmq.deliveries import Deliveries, Taken, deliveries_of, taken
 from celery_dlx.brokers.rabbitmq.framing import encode_properties
 from celery_dlx.brokers.rabbitmq.letters import exported, imported, letter_of
-from celery_dlx.brokers.rabbitmq.reader import _Tags
 from celery_dlx.errors import ReplayError
 from celery_dlx.letters import HEADER, UNDECODED, DeadLetter, Original
 from celery_dlx.policy.settings import Policy
@@ -331,21 +330,3 @@ def test_a_broker_that_confirms_slowly_is_waited_for_and_a_silent_one_is_not(mon
     assert slow.unconfirmed == 500
     with pytest.raises(ReplayError, match="1000 letters stay"):
         moving.confirmed(Pipeline(0), 500)
-
-
-@given(st.lists(st.lists(st.integers(1, 60), unique=True), max_size=6))
-def test_tags_are_settled_as_a_set_of_them_would_be(lots):
-    tags, left, settled = _Tags(), set(range(1, 61)), set()
-    tags.handed = 60
-    for lot in lots:
-        fresh = sorted(set(lot) - settled)
-        if not fresh:
-            continue
-        together, alone = tags.settle(fresh)
-        settled.update(fresh)
-        left.difference_update(fresh)
-        assert tags.open == len(left)
-        if together is not None:
-            assert together in fresh, "RabbitMQ refuses a tag that is settled"
-            assert not any(tag <= together for tag in left)
-        assert sorted([tag for tag in fresh if together is not None and tag <= together] + alone) == fresh

@@ -24,7 +24,7 @@ logger = logging.getLogger("celery_dlx")
 #: A DLQ of fewer letters is read faster than anybody notices.
 AT_LEAST = 5_000
 #: Letters written at once, and bytes of their bodies; with more than so many bytes of bodies in all there is no index.
-_LOT, _LOT_BYTES, _MOST_BODIES = 1_000, 4_194_304, 67_108_864
+_LOT, _LOT_BYTES, _MOST_BODIES = 100, 4_194_304, 67_108_864
 #: What a letter takes in an index, in bytes; the disk is left as much again for others.
 _EACH, _SPARE = 2_500, 2
 #: Of an exception's message, in characters: as much as groups show.

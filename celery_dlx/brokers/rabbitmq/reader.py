@@ -7,11 +7,9 @@ our DLQs, whose delivery limit is off (`topology.arguments.dlq_arguments`).
 from __future__ import annotations
 
 import logging
-from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from itertools import islice
 from time import monotonic, sleep
 from typing import Any
 
@@ -19,12 +17,16 @@ from amqp.exceptions import AMQPError, NotFound
 
 from celery_dlx.brokers.rabbitmq.declare import SideChannel
 from celery_dlx.brokers.rabbitmq.deliveries import Taken, deliveries_of, taken
+from celery_dlx.brokers.rabbitmq.window import Window
 from celery_dlx.ids import IdList
 
 logger = logging.getLogger("celery_dlx")
 
-#: Letters held unacknowledged at most by one channel, and channels at most: the broker knows each letter that is out.
+#: Letters held unacknowledged at most by one channel, usually, and such channels at most: the broker knows each that is out.
 PER_CHANNEL, CHANNELS = 5_000, 200
+#: Of small letters, of so many bytes on average at most, a channel beyond the first may hold so many times as many: RabbitMQ
+#: goes through all that is out several times for each window (its queue process collects garbage).
+_SMALL, _LARGER = 8_192, 2
 #: Read before it is wanted at most, in bytes; and how often what has arrived is looked at while a window is handed out.
 _AHEAD, _LOOKS = 16_777_216, 80
 #: Without a delivery for this long, in seconds, what the queue counted at the start is taken to be gone or held.
@@ -37,47 +39,27 @@ _SETTLE = 1.0
 _RETURNED = 60.0
 
 
-class _Tags:
-    """Delivery tags of one channel, which count up: handed out, and settled since. A million cost next to nothing."""
-
-    __slots__ = ("_gone", "_settled", "handed")
-
-    def __init__(self) -> None:
-        self.handed = 0
-        #: All up to this one were settled; beyond it, these.
-        self._settled = 0
-        self._gone: set[int] = set()
-
-    @property
-    def open(self) -> int:
-        return self.handed - self._settled - len(self._gone)
-
-    def settle(self, tags: Sequence[int]) -> tuple[int | None, list[int]]:
-        """Note that these, in order, are settled: the one up to which all are now, if that changed, and those beyond."""
-        self._gone.update(tags)
-        while self._settled + 1 in self._gone:
-            self._settled += 1
-            self._gone.discard(self._settled)
-        together = bisect_right(tags, self._settled)
-        return tags[together - 1] if together else None, list(tags[together:])
-
-
 class Reader:
     """Takes the letters that were in a DLQ when it was opened, oldest first; leaving puts back what was not settled."""
 
-    def __init__(self, connection: Any, dlq: str, few: int | None = None, *, ahead: bool = False) -> None:
+    def __init__(
+        self, connection: Any, dlq: str, few: int | None = None, *, ahead: bool = False, whole: bool = False
+    ) -> None:
         """``few``: that many letters are probably enough: those beyond are only asked for when they are wanted.
 
-        ``ahead``: none is acknowledged while they are read, which would make room for others out of turn.
+        ``ahead``: none is acknowledged while they are read, which would make room for others out of turn. ``whole``: the
+        DLQ decides at once on all that a channel gets, as quorum queues do.
         """
         self._connection = connection.connection
         self._dlq = dlq
         self._deliveries = deliveries_of(self._connection)
-        #: By channel: which letters were handed out and not acknowledged.
-        self._open: dict[Any, _Tags] = {}
-        #: By channel: how many it may hold.
-        self._window: dict[Any, int] = {}
-        #: Ids of letters that were.
+        #: By channel, in the order in which they were opened.
+        self._windows: dict[Any, Window] = {}
+        #: Those of which letters are still to be handed out, in that order.
+        self._unread: deque[Window] = deque()
+        #: Letters that they may hold, together.
+        self._room = 0
+        #: Ids of letters that were acknowledged.
         self.acknowledged = IdList()
         self._settled = 0
         self.depth = 0
@@ -88,10 +70,11 @@ class Reader:
         self._redelivered = self._probing = False
         #: More are there than may be held: what lies beyond is not seen.
         self.full = False
-        self._buffer: deque[Taken] = deque()
-        self._reads_ahead = ahead
-        #: Bytes of what was read ahead.
-        self._bytes = 0
+        self._few, self._reads_ahead, self._whole = few, ahead, whole
+        #: Somebody else holds what was counted.
+        self._dry = False
+        #: Bytes of what is here and not handed out; of all that came.
+        self._bytes = self._came = 0
         #: Called with each letter that is seen, whoever wants it.
         self.note: Callable[[Taken], None] | None = None
         channel = connection.channel()
@@ -107,72 +90,108 @@ class Reader:
 
     def _consume(self, channel: Any, most: int) -> None:
         channel.auto_decode = False  # bodies byte for byte
-        self._open[channel] = _Tags()
-        self._window[channel] = max(min(self.depth, most), 1)
-        channel.basic_qos(0, self._window[channel], False)
-        # Only buffer in the callback: whatever publishes there would re-enter the reading of the socket.
-        self._deliveries.take(channel, self._buffer.append)
-        channel.basic_consume(self._dlq, callback=lambda message: self._buffer.append(taken(message)))
+        window = Window(channel, max(min(self.depth, most), 1))
+        self._windows[channel] = window
+        self._unread.append(window)
+        self._room += window.size
+
+        # Only keep it in the callback: whatever publishes there would re-enter the reading of the socket.
+        def arrived(raw: Taken) -> None:
+            window.arrived.append(raw)
+            size = len(raw.content) + len(raw.body)
+            self._bytes += size
+            self._came += size
+
+        channel.basic_qos(0, window.size, False)
+        self._deliveries.take(channel, arrived)
+        channel.basic_consume(self._dlq, callback=lambda message: arrived(taken(message)))
 
     def __iter__(self) -> Iterator[Taken]:
         self.missed = self.missed or self.depth
         while self.missed and (raw := self._next()) is not None:
             self.missed -= 1
             self.seen += 1
-            self._open[raw.channel].handed = raw.delivery_tag
             self._redelivered = raw.redelivered
             if self.note is not None:
                 self.note(raw)
             yield raw
 
     def _next(self) -> Taken | None:
-        last = next(reversed(self._open), None)
-        if not self._buffer and (last is None or self._open[last].open >= self._window[last]):
-            if len(self._open) >= CHANNELS:
-                self._say_full()
+        window = self._window()
+        came, deadline = self._came, monotonic() + _QUIET
+        while window is not None and not window.arrived:
+            if not self._drain(deadline - monotonic()):
                 return None
-            if last is not None:
-                # What is acknowledged later must not make room there: it would be filled out of turn.
-                for tag in list(last.callbacks):
-                    last.basic_cancel(tag)
-            self._consume(self._connection.channel(), 1 if self._probing else PER_CHANNEL)
-            self._probing = False
-        deadline = monotonic() + _QUIET
-        while not self._buffer and (remaining := deadline - monotonic()) > 0:
-            self._bytes = 0
-            if not self._drain(remaining):
-                break
-        if not self._buffer:
+            if came != self._came:
+                came, deadline = self._came, monotonic() + _QUIET
+        if window is None:
             return None
         if self._reads_ahead and not self.full and self.seen % max(PER_CHANNEL // _LOOKS, 1) == 0:
             self._read_ahead()
-        raw = self._buffer.popleft()
+        raw = window.hand_out()
         self._bytes -= len(raw.content) + len(raw.body)
         return raw
 
+    def _window(self) -> Window | None:
+        """The one that the next letter comes from."""
+        while not self._unread or self._unread[0].used:
+            if len(self._unread) <= 1:
+                if self._room >= CHANNELS * PER_CHANNEL:
+                    self._say_full()
+                    return None
+                # What is acknowledged later must not make room there: it would be filled out of turn.
+                for used in self._unread:
+                    self._cancel(used.channel)
+                self._consume(self._connection.channel(), 1 if self._probing else self._most())
+                self._probing = False
+            if self._unread[0].used:
+                self._unread.popleft()
+        return self._unread[0]
+
+    @staticmethod
+    def _cancel(channel: Any) -> None:
+        for tag in list(channel.callbacks):
+            channel.basic_cancel(tag)
+
     def _drain(self, timeout: float) -> bool:
-        known = len(self._buffer)
         try:
-            self._deliveries.drain(timeout=timeout)
+            self._deliveries.drain(timeout=max(timeout, 0))
         except (TimeoutError, BlockingIOError):
             return False
-        self._bytes += sum(len(raw.content) + len(raw.body) for raw in islice(self._buffer, known, None))
         return True
 
     def _read_ahead(self) -> None:
-        """Take what has arrived; with all that a channel gets here, have the queue begin on the next one.
+        """Take what has arrived, and have the queue begin on the next window.
 
         What was put back before costs RabbitMQ more than us, and it prepares a window as a whole: so nobody should wait
-        for the other. Only what is here already surely comes before what the next channel gets (a classic queue
-        goes on giving to both).
+        for the other. Where the queue decides at once who gets what, as it answers us (quorum queues: their log), small
+        letters are asked for while as many are on their way; else only what is here already surely comes before what
+        the next channel gets (a classic queue goes on giving to both).
         """
         while self._bytes < _AHEAD and self._drain(0):
             pass
-        last = self._buffer[-1]
-        channel = last.channel
-        wanted = last.delivery_tag >= self._window[channel] == PER_CHANNEL and channel is next(reversed(self._open))
-        if wanted and self.missed > len(self._buffer) and self._bytes < _AHEAD and len(self._open) < CHANNELS:
-            self._consume(self._connection.channel(), PER_CHANNEL)
+        last = next(reversed(self._windows.values()))
+        more = last.size >= PER_CHANNEL and self.seen + self.missed > self._room and self._room < CHANNELS * PER_CHANNEL
+        coming = sum(window.coming for window in self._unread)
+        if not more or self._dry or self._bytes >= _AHEAD or coming > (last.size if self._small() else 0):
+            return
+        # Others may have taken what was counted. What is ready there shows that the windows before have all they may hold.
+        channel = self._connection.channel()
+        if channel.queue_declare(self._dlq, passive=True).message_count:
+            self._consume(channel, self._most())
+        else:
+            channel.close()
+            self._dry = True
+
+    def _small(self) -> bool:
+        """Whether it costs little memory to have many of them on their way."""
+        came = self.seen + sum(len(window.arrived) for window in self._unread)
+        wanted = self._few is None or self.seen >= self._few
+        return self._whole and self._reads_ahead and wanted and self._came <= _SMALL * came
+
+    def _most(self) -> int:
+        """How many the next channel may hold."""
+        return min(PER_CHANNEL * (_LARGER if self._small() else 1), CHANNELS * PER_CHANNEL - self._room)
 
     def _say_full(self) -> None:
         if not self.full:
@@ -193,7 +212,7 @@ class Reader:
         return self.missed > 0
 
     def ready(self) -> bool:
-        return bool(self._buffer)
+        return bool(self._unread and self._unread[0].arrived)
 
     def is_on(self, connection: Any) -> bool:
         """Whether it reads over this connection: another one was opened when that broke."""
@@ -214,7 +233,7 @@ class Reader:
             self._acknowledge(channel, sorted(tags))
 
     def _acknowledge(self, channel: Any, tags: list[int]) -> None:
-        together, alone = self._open[channel].settle(tags)
+        together, alone = self._windows[channel].settle(tags)
         if together is not None:
             channel.basic_ack(together, multiple=True)
             channel.queue_declare(self._dlq, passive=True)
@@ -236,20 +255,23 @@ class Reader:
                 for raw in self:
                     if not raw.redelivered:
                         break
-            for channel in self._open:
-                if channel.is_open:
-                    for tag in list(channel.callbacks):
-                        channel.basic_cancel(tag)
+            last = next(reversed(self._windows), None)
+            for channel, window in self._windows.items():
+                # One that is full gets nothing; and what is on its way to one that was cancelled may go back at once, before
+                # those that it came after (rabbitmq-server#3729).
+                on_its_way = self._whole and self._reads_ahead and not window.open and channel is not last
+                if channel.is_open and not on_its_way:
+                    self._cancel(channel)
 
     def _put_back(self, side: SideChannel) -> None:
         """Close the channels, each when the queue has counted what the one before put back.
 
         The queue hears of each by itself, and under load not in the order in which they were closed.
         """
-        channels = list(self._open)
-        ahead = {raw.channel for raw in self._buffer}
-        for channel in channels:
-            waits = channel is not channels[-1] and (self._open[channel].open or channel in ahead)
+        last = next(reversed(self._windows))
+        for channel, window in self._windows.items():
+            # One of which nothing came yet holds letters, too.
+            waits = channel is not last and (window.open or window.handed < window.size)
             before = side.live_queue(self._dlq) if waits else None
             self._deliveries.close(channel)
             deadline = monotonic() + _SETTLE
@@ -264,11 +286,11 @@ class Reader:
 
         Quorum queues settle a little later than they answer: the next look would find letters missing, or still there.
         """
-        open_channels = [channel for channel in self._open if channel.is_open]
+        open_channels = [channel for channel in self._windows if channel.is_open]
         if open_channels:
             self.stop()
         if not self._dlq or not open_channels:
-            for channel in self._open:
+            for channel in self._windows:
                 self._deliveries.close(channel)
             return True
         with SideChannel(self._connection) as side:

@@ -66,7 +66,8 @@ class RabbitMQBroker:
         self._open: Any = None
         #: Read also where reading may delete.
         self.insist = False
-        self._safe: set[str] = set()
+        #: By DLQ that was checked: whether it decides at once on what a consumer gets.
+        self._safe: dict[str, bool] = {}
         #: DLQs of which was said when they were read.
         self._said: set[tuple[str, str]] = set()
         #: By source queue: letters that were selected for a replay.
@@ -115,7 +116,7 @@ class RabbitMQBroker:
         """`browse`, of what is there now. ``note``: an index may be written of it."""
         dlq = self._policy.dlq(queue)
         page = match if isinstance(match, Selection) else Selection(match or (lambda letter: True))
-        few = None if limit is None or page.newest else max(limit, 1 if match is None else WINDOW)
+        few = None if page.newest else max(limit, 1) if match is None and limit is not None else _few(limit)
         reader, letter = self._reader(queue, dlq, few=few, ahead=True), partial(letter_of, queue=queue, dlq=dlq)
         place = self._place(dlq) if note and reader.depth >= indexing.AT_LEAST else None
         if place is None:
@@ -168,9 +169,8 @@ class RabbitMQBroker:
         """
         connection = connection or self._connection()
         if not self.insist and dlq not in self._safe:
-            check_safe(connection, self._policy, queue, self._management_url)
-            self._safe.add(dlq)
-        return Reader(connection, dlq, few, ahead=ahead)
+            self._safe[dlq] = check_safe(connection, self._policy, queue, self._management_url)
+        return Reader(connection, dlq, few, ahead=ahead, whole=self._safe.get(dlq, False))
 
     def groups(self, queue: str, match: Match, looking: Looking | None = None) -> list[Group] | None:
         """A queue counts nothing but its length."""
@@ -198,7 +198,7 @@ class RabbitMQBroker:
             return None
         dlq = self._policy.dlq(queue)
         connection = self._connection()
-        reader = self._reader(queue, dlq, connection, ahead=True)
+        reader = self._reader(queue, dlq, connection, few=_few(limit), ahead=True)
         try:
             self._held[queue] = held = Held(reader, queue, dlq, match, limit, replay, connection.userid)
         except (SpoolError, AMQPError) as exc:  # no room to set them aside; or so many channels are not to be had
@@ -282,7 +282,7 @@ class RabbitMQBroker:
 
     def export(self, queue: str, match: Match, limit: int | None = None) -> Iterator[dict[str, Any]]:
         dlq = self._policy.dlq(queue)
-        reader = self._reader(queue, dlq, ahead=True)
+        reader = self._reader(queue, dlq, few=_few(limit), ahead=True)
         try:
             spool = set_aside((raw for raw in reader if match(letter_of(raw, queue, dlq))), limit)
             if reader.missed and (limit is None or len(spool) < limit):
@@ -385,3 +385,8 @@ class RabbitMQBroker:
                     yield QueueStats(queue, dlq, live.message_count, {"consumers": live.consumer_count})
                 else:
                     yield QueueStats(queue, dlq, 0, {"missing": True})
+
+
+def _few(limit: int | None) -> int | None:
+    """How many letters are probably enough for so many that match."""
+    return None if limit is None else max(limit, WINDOW)
