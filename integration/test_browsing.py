@@ -161,25 +161,26 @@ def test_windows_that_were_asked_for_and_not_looked_at_go_back_in_order(dead, qu
     assert [letter.id for letter in dead.letters(queue)] == ids
 
 
-def test_what_somebody_else_took_is_not_asked_for(dead, queue, monkeypatch):
-    """Two windows with room would get what comes by turns."""
+def test_what_comes_back_fills_one_window_after_the_other(dead, queue, monkeypatch):
+    """Somebody else took what was counted, so two have room; without priorities they would get letters by turns."""
     monkeypatch.setattr(reader, "PER_CHANNEL", 10)
     monkeypatch.setattr(reader, "_QUIET", 0.5)
-    ids = fill(dead, queue, 40)
+    ids = fill(dead, queue, 50)
     with dead.app.connection_for_read() as connection, dead.app.connection_for_read() as other:
         found = reader.Reader(connection, f"{queue}.dlq", ahead=True, whole=True)
         with monkeypatch.context() as larger:
-            larger.setattr(reader, "PER_CHANNEL", 25)
+            larger.setattr(reader, "PER_CHANNEL", 35)
             holding = reader.Reader(other, f"{queue}.dlq")
-        assert [raw.body for raw in found] == [*BODIES[:10], *BODIES[35:40]]
-        assert (found.missed, len(found._windows)) == (25, 2)
-        assert [raw.body for raw in islice(holding, 25)] == BODIES[10:35]
+        assert [raw.body for raw in found] == [*BODIES[:10], *BODIES[45:50]]
+        assert (found.missed, [window.size for window in found._windows.values()]) == (35, [10, 20, 20])
+        assert [raw.body for raw in islice(holding, 35)] == BODIES[10:45]
         holding.close()
-        wait_for(lambda: found._drain(0) or len(found._unread[0].arrived) == 15, lambda: found._unread[0].arrived)
-        assert [raw.body for raw in found._unread[0].arrived] == BODIES[10:25], "in their order"
+        second, third = list(found._windows.values())[1:]
+        wait_for(lambda: found._drain(0) or len(third.arrived) == 20, lambda: (second.arrived, third.arrived))
+        assert [raw.body for window in (second, third) for raw in window.arrived] == BODIES[10:45], "in their order"
         found.close()
-    wait_for(lambda: dead.stats(queue)[0].letters == 40, "all are back")
-    assert sorted(letter.id for letter in dead.letters(queue)) == sorted(ids)
+    wait_for(lambda: dead.stats(queue)[0].letters == 50, "all are back")
+    assert [letter.id for letter in dead.letters(queue)] == [*ids[:10], *ids[45:], *ids[10:45]]
 
 
 def test_what_is_acknowledged_late_makes_no_room_out_of_turn(dead, queue, monkeypatch):

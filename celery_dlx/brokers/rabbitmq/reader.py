@@ -71,8 +71,6 @@ class Reader:
         #: More are there than may be held: what lies beyond is not seen.
         self.full = False
         self._few, self._reads_ahead, self._whole = few, ahead, whole
-        #: Somebody else holds what was counted.
-        self._dry = False
         #: Bytes of what is here and not handed out; of all that came.
         self._bytes = self._came = 0
         #: Called with each letter that is seen, whoever wants it.
@@ -104,7 +102,9 @@ class Reader:
 
         channel.basic_qos(0, window.size, False)
         self._deliveries.take(channel, arrived)
-        channel.basic_consume(self._dlq, callback=lambda message: arrived(taken(message)))
+        # If somebody else took what was counted, two windows have room: what comes back is for the first of them.
+        order = {"x-priority": 1 - len(self._windows)}
+        channel.basic_consume(self._dlq, callback=lambda message: arrived(taken(message)), arguments=order)
 
     def __iter__(self) -> Iterator[Taken]:
         self.missed = self.missed or self.depth
@@ -173,15 +173,8 @@ class Reader:
         last = next(reversed(self._windows.values()))
         more = last.size >= PER_CHANNEL and self.seen + self.missed > self._room and self._room < CHANNELS * PER_CHANNEL
         coming = sum(window.coming for window in self._unread)
-        if not more or self._dry or self._bytes >= _AHEAD or coming > (last.size if self._small() else 0):
-            return
-        # Others may have taken what was counted. What is ready there shows that the windows before have all they may hold.
-        channel = self._connection.channel()
-        if channel.queue_declare(self._dlq, passive=True).message_count:
-            self._consume(channel, self._most())
-        else:
-            channel.close()
-            self._dry = True
+        if more and self._bytes < _AHEAD and coming <= (last.size if self._small() else 0):
+            self._consume(self._connection.channel(), self._most())
 
     def _small(self) -> bool:
         """Whether it costs little memory to have many of them on their way."""
@@ -255,12 +248,8 @@ class Reader:
                 for raw in self:
                     if not raw.redelivered:
                         break
-            last = next(reversed(self._windows), None)
-            for channel, window in self._windows.items():
-                # One that is full gets nothing; and what is on its way to one that was cancelled may go back at once, before
-                # those that it came after (rabbitmq-server#3729).
-                on_its_way = self._whole and self._reads_ahead and not window.open and channel is not last
-                if channel.is_open and not on_its_way:
+            for channel in self._windows:
+                if channel.is_open:
                     self._cancel(channel)
 
     def _put_back(self, side: SideChannel) -> None:
@@ -270,8 +259,7 @@ class Reader:
         """
         last = next(reversed(self._windows))
         for channel, window in self._windows.items():
-            # One of which nothing came yet holds letters, too.
-            waits = channel is not last and (window.open or window.handed < window.size)
+            waits = channel is not last and (window.open or window.arrived)
             before = side.live_queue(self._dlq) if waits else None
             self._deliveries.close(channel)
             deadline = monotonic() + _SETTLE
