@@ -14,7 +14,7 @@ from amqp.exceptions import ChannelError, NotFound
 from celery_dlx.brokers.rabbitmq.declare import SideChannel
 from celery_dlx.brokers.rabbitmq.inspect import clear_policy, set_policy
 from celery_dlx.brokers.rabbitmq.management import Management, ManagementError
-from celery_dlx.errors import TopologyError
+from celery_dlx.errors import BrokerUnreachableError, TopologyError
 from celery_dlx.policy.settings import Policy
 from celery_dlx.topology.arguments import EXCHANGE_TYPE, version_tuple
 from celery_dlx.topology.live import LiveBroker, LivePolicy, LiveQueue
@@ -174,7 +174,10 @@ def _cannot_go(side: SideChannel, queue: str, dlq: str, live: LiveBroker) -> str
     source = live.queues.get(queue)
     if source is not None and source.held:
         return f"{source.held} messages of {queue!r} wait to be dead-lettered, and would be lost; wait for messages_dlx 0"
-    found = side.live_queue(dlq)
+    try:
+        found = side.counted(dlq)
+    except BrokerUnreachableError as exc:
+        return str(exc)
     if found is None:
         return None
     # Over AMQP only those that nobody is looking at are counted.
@@ -197,21 +200,31 @@ def _clear(management: Management | None, found: LivePolicy, live: LiveBroker) -
 
 
 def _delete_empty(side: SideChannel, exchange: str, dlq: str, queue: str) -> str | None:
-    """Unbind, look, delete: what arrives after the look has no way in. (Quorum queues refuse `if-empty`.)"""
+    """Unbind, look, delete: what arrives after the look has no way in. (Quorum queues refuse `if-empty`.)
+
+    Of a queue without a leader the broker says at once that it is empty; what it gives out, or not, it says itself.
+    """
+    reason = "letters came meanwhile, or somebody reads it; replay, export or purge them first"
     try:
         side.channel.queue_unbind(dlq, exchange, queue)
-        live = side.live_queue(dlq)
-        if live is not None and (live.message_count or live.consumer_count):
-            side.channel.queue_bind(dlq, exchange, queue)
-            return f"{live.message_count} letters came meanwhile, or somebody reads it; replay, export or purge them first"
-        side.channel.queue_delete(dlq)
+        live = side.counted(dlq)
+        if live is None:
+            return None
+        if not live.message_count and not live.consumer_count:
+            raw = side.channel.basic_get(dlq)
+            if raw is None:
+                side.channel.queue_delete(dlq)
+                return None
+            side.channel.basic_reject(raw.delivery_tag, requeue=True)
     except NotFound:
         return None
     except ChannelError as exc:
-        with suppress(ChannelError):
-            side.channel.queue_bind(dlq, exchange, queue)  # it stays: then letters must find it
-        return str(exc.reply_text)
-    return None
+        reason = str(exc.reply_text)
+    except BrokerUnreachableError as exc:
+        reason = str(exc)
+    with suppress(ChannelError):
+        side.channel.queue_bind(dlq, exchange, queue)  # it stays: then letters must find it
+    return reason
 
 
 def _delete_exchange(side: SideChannel, exchange: str) -> str | None:

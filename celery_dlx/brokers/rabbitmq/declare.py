@@ -11,6 +11,7 @@ import kombu
 from amqp.exceptions import AccessRefused, ChannelError, NotFound, PreconditionFailed
 
 from celery_dlx.brokers.queues import identity
+from celery_dlx.brokers.rabbitmq.counting import counted
 from celery_dlx.brokers.rabbitmq.pipeline import OneShotChannel
 from celery_dlx.errors import TopologyError
 from celery_dlx.policy.settings import Policy, QueueSettings
@@ -43,9 +44,23 @@ class SideChannel:
         return self._channel
 
     def live_queue(self, name: str) -> Any:
-        """The queue's name, message and consumer count; ``None`` if there is no such queue. Needs no permission."""
+        """The queue's name, message and consumer count; ``None`` if there is no such queue. Needs no permission.
+
+        The counts of a quorum queue that is busy are 0: see `counted`.
+        """
         try:
             return self.channel.queue_declare(name, passive=True)
+        except NotFound:
+            return None
+
+    def counted(self, name: str) -> Any:
+        """`live_queue`, with counts that the queue itself gives.
+
+        Raises:
+            BrokerUnreachableError: it does not say.
+        """
+        try:
+            return counted(self.channel, name)
         except NotFound:
             return None
 

@@ -33,7 +33,7 @@ _MESSAGE = 200
 _TEXT = frozenset(b"SV")
 #: Two letters fit a page of SQLite's usual size, and leave a fifth of it empty.
 _TABLES = """
-PRAGMA page_size = 16384;
+PRAGMA page_size = 65536;
 PRAGMA journal_mode = OFF;
 PRAGMA synchronous = OFF;
 CREATE TABLE letters (

@@ -15,9 +15,11 @@ from typing import Any
 
 from amqp.exceptions import AMQPError, NotFound
 
+from celery_dlx.brokers.rabbitmq.counting import counted
 from celery_dlx.brokers.rabbitmq.declare import SideChannel
 from celery_dlx.brokers.rabbitmq.deliveries import Taken, deliveries_of, taken
 from celery_dlx.brokers.rabbitmq.window import Window
+from celery_dlx.errors import BrokerUnreachableError
 from celery_dlx.ids import IdList
 
 logger = logging.getLogger("celery_dlx")
@@ -77,7 +79,7 @@ class Reader:
         self.note: Callable[[Taken], None] | None = None
         channel = connection.channel()
         try:
-            self.depth = channel.queue_declare(dlq, passive=True).message_count
+            self.depth = counted(channel, dlq).message_count
         except NotFound:
             self._dlq = ""
         else:
@@ -126,7 +128,7 @@ class Reader:
                 came, deadline = self._came, monotonic() + _QUIET
         if window is None:
             return None
-        if self._reads_ahead and not self.full and self.seen % max(PER_CHANNEL // _LOOKS, 1) == 0:
+        if self._reads_ahead and self.seen % max(PER_CHANNEL // _LOOKS, 1) == 0:
             self._read_ahead()
         raw = window.hand_out()
         self._bytes -= len(raw.content) + len(raw.body)
@@ -199,7 +201,7 @@ class Reader:
     def more(self) -> bool:
         """Whether letters are there that were not counted at the start: new ones, or some that were just put back."""
         with SideChannel(self._connection) as side:
-            live = side.live_queue(self._dlq) if self._dlq else None
+            live = side.counted(self._dlq) if self._dlq else None
         self.missed = live.message_count if live is not None else 0
         self.depth += self.missed
         return self.missed > 0
@@ -260,14 +262,21 @@ class Reader:
         last = next(reversed(self._windows))
         for channel, window in self._windows.items():
             waits = channel is not last and (window.open or window.arrived)
-            before = side.live_queue(self._dlq) if waits else None
+            before = self._counted(side) if waits else None
             self._deliveries.close(channel)
             deadline = monotonic() + _SETTLE
             while before is not None and monotonic() < deadline:
-                live = side.live_queue(self._dlq)
+                live = self._counted(side)
                 if live is None or live.message_count > before.message_count:
                     break
                 sleep(0.002)
+
+    def _counted(self, side: SideChannel) -> Any:
+        try:
+            return side.counted(self._dlq)
+        except BrokerUnreachableError as exc:  # what was put back is, all the same
+            logger.debug("%s", exc)
+            return None
 
     def close(self) -> bool:
         """Put back what was not acknowledged, and wait a moment until the queue counts it so; whether it does.
@@ -285,7 +294,7 @@ class Reader:
             self._put_back(side)
             expected = self.depth - self._settled
             last, changed, begun = -1, monotonic(), monotonic()
-            while live := side.live_queue(self._dlq):
+            while live := self._counted(side):
                 count, now = live.message_count, monotonic()
                 if count == expected:
                     return True

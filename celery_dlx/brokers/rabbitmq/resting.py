@@ -14,32 +14,25 @@ from celery_dlx.letters import DESCRIBED, HEADER, RECORDED, DeadLetter, Original
 _RECORD = HEADER.encode()
 _TASK = b"task"
 _DESCRIBED = [name.encode() for name in DESCRIBED]
-#: What nearly everybody asks for, and how it is read.
-_COMMON = {
-    name: RECORDED[name]
-    for name in ("id", "queue", "reason", "fingerprint", "replays", "deaths", "stripped", "died_at", "exception")
-}
+#: What nearly everybody asks for, and what whoever replays does; how it is read.
+_COMMON = [(name, RECORDED[name]) for name in ("id", "queue", "reason", "fingerprint", "died_at")]
+_LINEAGE = {name: RECORDED[name] for name in ("replays", "deaths", "stripped")}
 
 
 class Resting:
     """A letter's bytes, with where its headers are and its record; says what each field of the letter is.
 
-    ``queue`` is whose DLQ it lies in, for records that do not say so; ``original_of`` decodes all of it.
+    ``original_of`` decodes all of it.
     """
 
-    __slots__ = ("_original_of", "layout", "queue", "raw", "record")
+    __slots__ = ("_original_of", "layout", "raw", "record")
 
-    def __init__(
-        self, raw: Taken, found: Layout, record: dict[str, Any], queue: str, original_of: Callable[[Taken], Original]
-    ) -> None:
-        self.raw, self.layout, self.record, self.queue, self._original_of = raw, found, record, queue, original_of
+    def __init__(self, raw: Taken, found: Layout, record: dict[str, Any], original_of: Callable[[Taken], Original]) -> None:
+        self.raw, self.layout, self.record, self._original_of = raw, found, record, original_of
 
     def __call__(self, name: str) -> dict[str, Any]:
-        if name in _COMMON:
-            record = self.record
-            found = {each: read(record) for each, read in _COMMON.items()}
-            found["queue"] = found["queue"] or self.queue
-            return found
+        if name in _LINEAGE:
+            return {each: read(self.record) for each, read in _LINEAGE.items()}
         read = RECORDED.get(name)
         if read is not None:
             return {name: read(self.record)}
@@ -84,4 +77,8 @@ def resting(raw: Taken, queue: str, dlq: str, original_of: Callable[[Taken], Ori
     record = headers.get(HEADER)
     if not isinstance(record, dict) or not record.get("reason") or not record.get("id"):
         return None
-    return unread(DeadLetter, Resting(raw, found, record, queue, original_of), {"dlq": dlq, "edited": None})
+    known: dict[str, Any] = {"dlq": dlq, "edited": None}
+    for name, read in _COMMON:
+        known[name] = read(record)
+    known["queue"] = known["queue"] or queue
+    return unread(DeadLetter, Resting(raw, found, record, original_of), known)

@@ -138,7 +138,7 @@ class RabbitMQBroker:
         if looking.fresh or not os.path.exists(place):  # it asks no folder that may not be searched
             return None
         with SideChannel(self._connection().connection) as side:
-            live = side.live_queue(dlq)
+            live = side.counted(dlq)
         if live is None:
             return None
         return index.open_index(place, live.message_count, settings.dlq_max_length, settings.dlq_max_bytes)
@@ -222,7 +222,7 @@ class RabbitMQBroker:
         """A quorum queue counts a consumer until all it held is settled or given back, also if its channel is cancelled."""
         deadline = monotonic() + _OURS
         with SideChannel(self._connection().connection) as side:
-            while (live := side.live_queue(self._policy.dlq(queue))) is not None and live.consumer_count:
+            while (live := side.counted(self._policy.dlq(queue))) is not None and live.consumer_count:
                 if monotonic() > deadline:
                     return True
                 sleep(0.01)
@@ -380,7 +380,7 @@ class RabbitMQBroker:
         with SideChannel(self._connection().connection) as side:
             for queue in queues:
                 dlq = self._policy.dlq(queue)
-                live = side.live_queue(dlq)
+                live = side.counted(dlq)
                 if live is not None:
                     yield QueueStats(queue, dlq, live.message_count, {"consumers": live.consumer_count})
                 else:
