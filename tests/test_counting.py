@@ -49,3 +49,10 @@ def test_one_that_never_says_is_not_taken_for_empty(monkeypatch):
     with pytest.raises(BrokerUnreachableError, match=r"queue 'q.dlq' did not say within 60 s what it holds"):
         counting.counted(channel, "q.dlq")
     assert 60 < channel.now < 61
+
+
+def test_somebody_who_cannot_wait_asks_once(monkeypatch):
+    channel = Channel(monkeypatch, 0.001, (0.25, 0, 0))
+    with pytest.raises(BrokerUnreachableError, match=r"queue 'q.dlq' did not say at once what it holds"):
+        counting.counted(channel, "q.dlq", wait=0)
+    assert channel.asked == 1

@@ -206,16 +206,15 @@ def _delete_empty(side: SideChannel, exchange: str, dlq: str, queue: str) -> str
     """
     reason = "letters came meanwhile, or somebody reads it; replay, export or purge them first"
     try:
-        side.channel.queue_unbind(dlq, exchange, queue)
-        live = side.counted(dlq)
-        if live is None:
-            return None
-        if not live.message_count and not live.consumer_count:
-            raw = side.channel.basic_get(dlq)
-            if raw is None:
-                side.channel.queue_delete(dlq)
-                return None
+        raw = side.channel.basic_get(dlq)
+        if raw is not None:
             side.channel.basic_reject(raw.delivery_tag, requeue=True)
+            return reason
+        side.channel.queue_unbind(dlq, exchange, queue)
+        live = side.counted(dlq, wait=0)  # what dies meanwhile is lost
+        if live is None or not (live.message_count or live.consumer_count):
+            side.channel.queue_delete(dlq)
+            return None
     except NotFound:
         return None
     except ChannelError as exc:

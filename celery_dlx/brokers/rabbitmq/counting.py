@@ -11,17 +11,17 @@ from celery_dlx.errors import BrokerUnreachableError
 #: (`rabbit_quorum_queue:stat/1`, all versions): one that prepares thousands of deliveries takes longer. In seconds.
 _PATIENCE = 0.2
 #: For so long, in seconds, it is asked again.
-_BUSY = 60.0
+BUSY = 60.0
 
 
-def counted(channel: Any, name: str) -> Any:
-    """The queue's name, message and consumer count, as it says them itself. Needs no permission.
+def counted(channel: Any, name: str, wait: float = BUSY) -> Any:
+    """The queue's name, message and consumer count, as it says them itself, within ``wait`` seconds. Needs no permission.
 
     Raises:
         NotFound: there is no such queue; the channel is closed.
         BrokerUnreachableError: it does not say.
     """
-    deadline = monotonic() + _BUSY
+    deadline = monotonic() + wait
     while True:
         begun = monotonic()
         live = channel.queue_declare(name, passive=True)
@@ -33,6 +33,7 @@ def counted(channel: Any, name: str) -> Any:
         if took - (monotonic() - begun) < _PATIENCE:
             return live
         if monotonic() > deadline:
+            within = f"within {wait:.0f} s" if wait else "at once"
             raise BrokerUnreachableError(
-                f"queue {name!r} did not say within {_BUSY:.0f} s what it holds: busy, or without a leader; try again later"
+                f"queue {name!r} did not say {within} what it holds: busy, or without a leader; try again later"
             )

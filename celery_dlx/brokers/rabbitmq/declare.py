@@ -11,7 +11,7 @@ import kombu
 from amqp.exceptions import AccessRefused, ChannelError, NotFound, PreconditionFailed
 
 from celery_dlx.brokers.queues import identity
-from celery_dlx.brokers.rabbitmq.counting import counted
+from celery_dlx.brokers.rabbitmq.counting import BUSY, counted
 from celery_dlx.brokers.rabbitmq.pipeline import OneShotChannel
 from celery_dlx.errors import TopologyError
 from celery_dlx.policy.settings import Policy, QueueSettings
@@ -53,14 +53,14 @@ class SideChannel:
         except NotFound:
             return None
 
-    def counted(self, name: str) -> Any:
-        """`live_queue`, with counts that the queue itself gives.
+    def counted(self, name: str, wait: float = BUSY) -> Any:
+        """`live_queue`, with counts that the queue itself gives within ``wait`` seconds.
 
         Raises:
             BrokerUnreachableError: it does not say.
         """
         try:
-            return counted(self.channel, name)
+            return counted(self.channel, name, wait)
         except NotFound:
             return None
 
